@@ -1,0 +1,181 @@
+"""Contracts of the public functions: shapes, dtypes, options, label values; and the wording of their errors.
+
+Shapes, dtypes and options are checked at trace time, before any arithmetic. An error names the function, the
+argument, what was expected, what came, and one remedy. The only module that imports chex.
+"""
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import checkify
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def fail(kind: type[Exception], function: str, argument: str, expected: str, got: str, remedy: str) -> None:
+    raise kind(f"jaxent.{function}: `{argument}` must be {expected}, but is {got}. {remedy}")
+
+
+def describe(x: Any) -> str:
+    """What came, as dtype[shape]: `int32[8, 1]`."""
+    return f"{jnp.result_type(x)}{list(np.shape(x))}"
+
+
+def has_shape(x: Any, shape: tuple[int, ...]) -> bool:
+    try:
+        chex.assert_shape(x, shape)
+    except AssertionError:
+        return False
+    return True
+
+
+def is_floating(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
+
+
+def is_integer(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.integer))
+
+
+def is_on_host(x: Any) -> bool:
+    return isinstance(x, int | float | np.ndarray | np.generic)
+
+
+def check_array(function: str, argument: str, x: Any) -> None:
+    """An array or a scalar: not None, a list, a string."""
+    if not isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        remedy = "Pass `jnp.asarray(...)`."
+        fail(TypeError, function, argument, "an array", f"a {type(x).__name__}", remedy)
+
+
+def check_floating(function: str, argument: str, x: Any, remedy: str) -> None:
+    check_array(function, argument, x)
+    if not is_floating(x):
+        fail(TypeError, function, argument, "a floating point array", describe(x), remedy)
+
+
+def check_shape(function: str, argument: str, x: Any, shape: tuple[int, ...], what: str, remedy: str) -> None:
+    """The exact `shape`, which the message calls `what`; never a broadcast."""
+    check_array(function, argument, x)
+    if not has_shape(x, shape):
+        fail(ValueError, function, argument, f"of shape {list(shape)} ({what})", describe(x), remedy)
+
+
+def check_real(function: str, argument: str, x: Any) -> None:
+    """A weight: floating point, integer or bool."""
+    check_array(function, argument, x)
+    if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        fail(TypeError, function, argument, "real", describe(x), "Pass real numbers.")
+
+
+def check_mask(function: str, argument: str, x: Any) -> None:
+    check_array(function, argument, x)
+    if jnp.result_type(x) != jnp.bool_:
+        remedy = "Write the condition, e.g. `labels >= 0` or `mask != 0`; for factors use `weights`."
+        fail(TypeError, function, argument, "a bool array (True: the row counts)", describe(x), remedy)
+
+
+def check_option(function: str, argument: str, value: Any, ok: bool, expected: str, remedy: str) -> None:
+    """A number known at trace time; `ok` must be False for NaN."""
+    if not ok:
+        fail(ValueError, function, argument, expected, repr(value), remedy)
+
+
+def check_number(function: str, argument: str, value: Any, low: float, high: float, remedy: str) -> None:
+    """A Python number in [low, high]; NaN is in no interval. Traced values are not options."""
+    if not isinstance(value, int | float | np.integer | np.floating):
+        fail(TypeError, function, argument, "a Python number", f"a {type(value).__name__}", remedy)
+    expected = f"a finite number >= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+    check_option(function, argument, value, low <= value <= high and math.isfinite(value), expected, remedy)
+
+
+def check_reduction(function: str, reduction: Any) -> None:
+    ok = reduction in REDUCTIONS
+    remedy = "'none' gives one loss per row."
+    check_option(function, "reduction", reduction, ok, "'none', 'sum' or 'mean'", remedy)
+
+
+def check_logits(function: str, logits: Any, axis: int = -1, argument: str = "logits") -> None:
+    """Floating point, with a class axis of at least one class."""
+    remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
+    check_floating(function, argument, logits, remedy)
+    ndim = np.ndim(logits)
+    if ndim == 0:
+        remedy = "A single row of V classes has shape [V]; for one yes/no logit use `sigmoid_cross_entropy`."
+        fail(ValueError, function, argument, "of shape [..., V]", describe(logits), remedy)
+    ok = isinstance(axis, int | np.integer) and -ndim <= axis < ndim
+    remedy = "`axis` is the one class axis."
+    check_option(function, "axis", axis, ok, f"an axis of `{argument}`, which is {describe(logits)}", remedy)
+    if np.shape(logits)[axis] == 0:
+        remedy = "There is no distribution over no classes."
+        fail(ValueError, function, argument, "over at least one class", describe(logits), remedy)
+
+
+def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
+    """Whether `labels` are class indices (True) or a distribution (False); anything else is an error."""
+    check_array(function, "labels", labels)
+    full = np.shape(logits)
+    rows = tuple(np.delete(full, axis).tolist())
+    forms = f"class indices (integers) of shape {list(rows)} or a distribution (floats) of shape {list(full)}"
+    got = describe(labels)
+    if is_floating(labels):
+        if has_shape(labels, full):
+            return False
+        if has_shape(labels, rows):
+            remedy = "Floats are read as a distribution; for class indices pass `labels.astype(jnp.int32)`."
+            fail(TypeError, function, "labels", forms, got, remedy)
+        remedy = "jaxent never broadcasts labels: use `jnp.broadcast_to(labels, logits.shape)` if you mean it."
+        fail(ValueError, function, "labels", forms, got, remedy)
+    if is_integer(labels):
+        if has_shape(labels, rows):
+            return True
+        if has_shape(labels, full):
+            remedy = "For one-hot rows pass `labels.argmax(axis)`, or `labels.astype(jnp.float32)`."
+            fail(TypeError, function, "labels", forms, got, remedy)
+        remedy = "jaxent never broadcasts labels: one index per row of logits, e.g. `labels.squeeze(-1)`."
+        fail(ValueError, function, "labels", forms, got, remedy)
+    remedy = "bool labels are for `sigmoid_cross_entropy`; for classes 0 and 1 pass `labels.astype(jnp.int32)`."
+    fail(TypeError, function, "labels", forms, got, remedy)
+    raise AssertionError
+
+
+def check_host_labels(function: str, labels: Any, classes: int, where: Any, ignore_index: int | None) -> Array:
+    """Integer labels as an array of at least 32 bits; labels that are known on the host are checked at once.
+
+    jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so values outside [0, classes)
+    become -1 before that.
+    """
+    if not is_on_host(labels):
+        narrow = jnp.dtype(labels.dtype).itemsize < 4
+        return labels.astype(jnp.int32) if narrow else labels
+    labels = np.asarray(labels)
+    bad = (labels < 0) | (labels >= classes)
+    if ignore_index is not None:
+        bad &= labels != ignore_index
+    hidden = where is not None and not is_on_host(where)  # a traced mask may still hide them
+    counted = bad if where is None or hidden else bad & np.asarray(where)
+    if counted.any() and not hidden:
+        index = tuple(int(i) for i in np.argwhere(counted)[0])
+        got = f"{labels[index]}" + (f" at index {list(index)}" if index else "")
+        remedy = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
+        fail(ValueError, function, "labels", f"in [0, {classes})", got, remedy)
+    return jnp.asarray(np.where(bad, -1, labels).astype(np.int32))
+
+
+def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) -> None:
+    """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing."""
+    bad = jnp.argmin(ok.reshape(-1)) if ok.size else jnp.zeros((), jnp.int32)
+    value = labels.reshape(-1)[bad] if labels.size else jnp.zeros((), jnp.int32)
+    checkify.debug_check(
+        jnp.all(ok),
+        f"jaxent.{function}: `labels` must be in [0, {classes}) and name a class in force, but row {{row}} "
+        "(counted over the flattened rows) has label {label}. "
+        "Labels count from 0; hide a row with `where=` or `ignore_index=`.",
+        row=bad,
+        label=value,
+    )
