@@ -179,3 +179,54 @@ def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) ->
         row=bad,
         label=value,
     )
+
+
+def host_mask(where: Any, weights: Any) -> Any:
+    """`where` and weights != 0 as one mask: on the host if both are there."""
+    if weights is None:
+        return where
+    nonzero = (np.asarray(weights) if is_on_host(weights) else weights) != 0
+    return nonzero if where is None else nonzero & where
+
+
+def check_binary_labels(function: str, labels: Any, shape: tuple[int, ...], argument: str) -> None:
+    """Real numbers or bools, one per element of `argument`."""
+    check_array(function, "labels", labels)
+    if jnp.issubdtype(jnp.result_type(labels), jnp.complexfloating):
+        remedy = "1 is yes, 0 is no."
+        fail(TypeError, function, "labels", "bool, integer or floating point", describe(labels), remedy)
+    remedy = "Labels are never broadcast; for one class index per row use `softmax_cross_entropy`."
+    check_shape(function, "labels", labels, shape, f"one per element of `{argument}`", remedy)
+
+
+def check_host_binary_labels(function: str, labels: Any, mask: Any) -> Array:
+    """Labels as an array; those that are known on the host are checked at once.
+
+    What a traced mask may still hide becomes 2, which is bad in every dtype: jax would truncate an int64, and
+    round a float64 to float32, which can turn a bad label into a good one.
+    """
+    if not is_on_host(labels):
+        return labels
+    labels = np.asarray(labels)
+    bad = ~((labels >= 0) & (labels <= 1))
+    if mask is None or is_on_host(mask):
+        counted = bad if mask is None else bad & np.asarray(mask)
+        if counted.any():
+            index = tuple(int(i) for i in np.argwhere(counted)[0])
+            got = f"{labels[index]}" + (f" at index {list(index)}" if index else "")
+            remedy = "1 is yes, 0 is no; hide an element with `where=`."
+            fail(ValueError, function, "labels", "in [0, 1]", got, remedy)
+    return jnp.asarray(np.where(bad, np.asarray(2, labels.dtype), labels))
+
+
+def debug_check_binary_labels(function: str, ok: Array, labels: Array) -> None:
+    """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing."""
+    bad = jnp.argmin(ok.reshape(-1)) if ok.size else jnp.zeros((), jnp.int32)
+    value = labels.reshape(-1)[bad] if labels.size else jnp.zeros((), labels.dtype)
+    checkify.debug_check(
+        jnp.all(ok),
+        f"jaxent.{function}: `labels` must be in [0, 1], but element {{element}} (counted over the flattened "
+        "array) has label {label}. 1 is yes, 0 is no; hide an element with `where=`.",
+        element=bad,
+        label=value,
+    )

@@ -49,3 +49,11 @@ def product_or_zero(weight: Array, x: Array) -> Array:
     """weight * x with 0 * anything = 0, in the value and in the gradient of both (0 log 0 = 0)."""
     off = weight == 0
     return jnp.where(off, 0, weight * jnp.where(off, 0, x))
+
+
+def limit(weight: Array, x: Array) -> Array:
+    """`x`, but 0 where weight * x would be 0 * inf: weight * limit(weight, x) has its limit.
+
+    Unlike `product_or_zero` it keeps the derivative with respect to a weight of 0 while x is finite.
+    """
+    return jnp.where((weight == 0) & jnp.isinf(x), 0, x)

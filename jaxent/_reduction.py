@@ -31,18 +31,25 @@ def keep(counts: Array | None, x: Array, other=0) -> Array:
     return x if counts is None else jnp.where(counts, x, other)
 
 
-def reduce(losses: Array, counts: Array | None, weights: Array | None, reduction: str) -> Array:
-    """`losses` come unweighted; rows that do not count contribute exactly 0, whatever they hold."""
+def reduce(
+    losses: Array, counts: Array | None, weights: Array | None, reduction: str, label_weight: Array | None = None
+) -> Array:
+    """Weighted losses, reduced; rows that do not count contribute exactly 0, whatever they hold.
+
+    `label_weight` is in `losses` already and counts in the denominator of the mean only.
+    """
+    losses = keep(counts, losses)
     if weights is not None:
         weights = keep(counts, weights.astype(losses.dtype))
-        weighted = keep(counts, keep(counts, losses) * weights)
-    else:
-        weighted = keep(counts, losses)
+        losses = losses * weights
     if reduction == "none":
-        return weighted
-    total = jnp.sum(weighted)
+        return losses
+    total = jnp.sum(losses)
     if reduction == "sum":
         return total
+    if label_weight is not None:
+        label_weight = keep(counts, label_weight.astype(losses.dtype))
+        weights = label_weight if weights is None else weights * label_weight
     if weights is not None:
         return divide_or_zero(total, jnp.sum(weights))
     if counts is not None:

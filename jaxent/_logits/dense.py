@@ -1,0 +1,130 @@
+"""Logits that are an array `[..., V]`, with all classes in one place."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .._derivatives import with_forward_mode
+from .._numerics import exp_difference, lowest
+from .._statistics import (
+    INTEGER_STATISTICS,
+    Block,
+    Partial,
+    SoftmaxStatistics,
+    distribution_gradient,
+    finish,
+    logits_gradient,
+    max_and_rest,
+    partial_statistics,
+    poison,
+    select_label,
+)
+
+
+def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
+    """The statistics `names` of rows; the gradient of a row that does not count is exactly 0."""
+    real = tuple(name for name in names if name not in INTEGER_STATISTICS)
+    found: dict[str, Array] = dict(_real_statistics(real, block, counts)) if real else {}
+    z = lax.stop_gradient(block.wide_logits())
+    if "prediction" in names:
+        found["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
+    if "rank" in names:
+        # a NaN compares as not larger: the bad label's rank is the worst, V, not the best, 0
+        above = jnp.sum(z > select_label(z, block)[..., None], -1, dtype=jnp.int32)
+        found["rank"] = jnp.where(block.label >= 0, above, z.shape[-1])
+    return SoftmaxStatistics(**found)
+
+
+def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[str, Array]:
+    return _forward(names, block, counts)[0]
+
+
+def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
+    whole = poison(partial_statistics(names, block, _max_and_rest, _select_label), block.label)
+    found = finish(names, whole, block)
+    return found, (block, whole, found.get("entropy"), counts)
+
+
+def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tuple[Any, None]:
+    block, whole, entropy, counts = residuals
+
+    def of_counting_rows(x: Array, like: Array) -> Array:
+        # a select, so that NaN in a row that does not count stays there
+        x = x if counts is None else jnp.where(counts[..., None], x, 0)
+        return x.astype(like.dtype)
+
+    logits = of_counting_rows(logits_gradient(block, whole, entropy, g), block.logits)
+    distribution = None
+    if block.distribution is not None:
+        has_q = any(name in g for name in ("log_prob", "weighted_log_prob"))
+        q_bar = distribution_gradient(block, whole, g) if has_q else jnp.zeros_like(block.distribution)
+        distribution = of_counting_rows(q_bar, block.distribution)
+    weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
+    return Block(logits, None, distribution, weights, None), None
+
+
+_rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_rule.defvjp(_forward, _backward)
+_real_statistics = with_forward_mode(_rule)
+
+
+# On one CPU, XLA hands a reduction to its fast library only where everything in it is plain float arithmetic: a
+# select or comparison in front makes it write out an N x V array, at several times the time. So there m and r
+# come from sums over groups of classes, and only the group that holds the maximum is looked at lane by lane.
+# Elsewhere one fused pass is best, and a group or gather along a class axis that is split would move the logits.
+
+
+def _max_and_rest(z: Array) -> tuple[Array, Array]:
+    size = _group_size(z.shape[-1])
+    if size is None or jax.device_count() > 1:
+        return max_and_rest(z)
+    grouped = functools.partial(_max_and_rest_by_groups, size)
+    return lax.platform_dependent(z, cpu=grouped, default=max_and_rest)
+
+
+def _select_label(z: Array, block: Block) -> Array:
+    if _group_size(z.shape[-1]) is None or jax.device_count() > 1:
+        return select_label(z, block)
+
+    def gather(z: Array, label: Array) -> Array:
+        found = jnp.take_along_axis(z, jnp.maximum(label, 0)[..., None], -1, mode="promise_in_bounds")
+        return found[..., 0]
+
+    def select(z: Array, label: Array) -> Array:
+        return select_label(z, Block(z, label))
+
+    return lax.platform_dependent(z, block.label, cpu=gather, default=select)
+
+
+@functools.cache
+def _group_size(classes: int) -> int | None:
+    """The divisor of `classes` nearest to 2 sqrt(classes); None where groups do not pay."""
+    if classes < 256:
+        return None
+    divisors = [d for d in range(16, classes // 8 + 1) if classes % d == 0]
+    best = min(divisors, key=lambda d: abs(math.log(d / (2 * math.sqrt(classes)))), default=None)
+    return best
+
+
+def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
+    """m and r of `[..., V]` as the merge of groups of `size` classes.
+
+    With M_g the maximum of group g, T_g = sum_j exp(z_j - M_g) and T = sum_g T_g exp(M_g - m). The differences
+    within a group are small, so their rounding is harmless; those between groups are compensated.
+    """
+    groups = z.reshape(*z.shape[:-1], -1, size)
+    tops = lax.stop_gradient(jnp.max(groups, -1))  # [..., G]; a shift, of which T does not depend
+    tops = jnp.maximum(tops, lowest(z.dtype))  # -inf would make a group without a class in force NaN
+    g = jnp.argmax(tops, -1)[..., None]
+    own = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]  # the group of the maximum
+    lane = jnp.argmax(own, -1)[..., None]
+    m = jnp.take_along_axis(own, lane, -1)  # [..., 1]
+    others = jnp.sum(jnp.exp(groups - tops[..., None]), -1) * exp_difference(tops, m)
+    others = jnp.where(jnp.arange(tops.shape[-1]) == g, 0, others)
+    inside = jnp.where(jnp.arange(size) == lane, 0, exp_difference(own, m))
+    r = jnp.sum(others, -1) + jnp.sum(inside, -1)
+    return m[..., 0], r

@@ -1,0 +1,441 @@
+"""Softmax losses: a few lines each on the row statistics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from . import _contracts as contracts
+from ._logits import dense
+from ._objective import available_statistics, objective, prepare
+from ._reduction import keep
+from ._statistics import SoftmaxStatistics
+
+
+def softmax_cross_entropy(
+    logits: Array,
+    labels: Array,
+    *,
+    axis: int = -1,
+    where: Array | None = None,
+    ignore_index: int | None = None,
+    weights: Array | None = None,
+    class_weights: Array | None = None,
+    class_mask: Array | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "none",
+) -> Array:
+    """Cross-entropy of mutually exclusive classes, from logits: the negative log-likelihood of the label.
+
+    With log p = log_softmax(logits) over the V classes in force, class weights w and smoothing a:
+
+        loss = -(1 - a) w_y log p_y - a/V sum_j w_j log p_j + z_loss w_y lse^2          labels: class indices
+        loss = -(1 - a) sum_j w_j q_j log p_j - a/V sum_j w_j log p_j + z_loss lse^2    labels: a distribution q
+
+    `reduction="mean"` is sum(weights * loss) / sum(weights * w_y) over the rows that count; for distributions w_y
+    is 1 there.
+
+    Args:
+      logits: `[..., V]`, floating point: any real numbers. The softmax happens inside.
+      labels: integers `[...]`, class indices in [0, V); or floats `[..., V]`, a distribution over the classes.
+      axis: the class axis.
+      where: bool `[...]`; a False row is gone, even if it holds NaN or a bad label.
+      ignore_index: rows with this integer label are gone as well.
+      weights: real `[...]`, a factor per row; a row of weight 0 is gone.
+      class_weights: real `[V]`, a constant factor per class, as in torch.nn.functional.cross_entropy.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
+      label_smoothing: a in [0, 1]: how much of the label is spread evenly over the classes in force.
+      z_loss: >= 0, the factor of the squared log-normalizer, which keeps logits from drifting.
+      reduction: "none" (one loss per row), "sum" or "mean".
+
+    Returns:
+      Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
+
+    Gradients:
+      p - onehot(labels) times the row's weight, for the plain loss, in the dtype of `logits`. A distribution gets
+      -log p. Forward mode and higher orders work too. `class_weights` are constants.
+
+    Numerics:
+      Computed in float32 (float64 for float64), accurate to a few ulp down to losses of 1e-30, where
+      log_softmax gives 0. A label outside [0, V), or on a class that is not in force, makes its row's loss and
+      gradient NaN; labels known on the host raise at once; `checkify` shows bad ones in compiled code. A NaN or
+      +inf logit makes its row NaN; -inf is probability 0. A distribution is used as it is, whatever its sum.
+
+    Cost:
+      Forward two passes over the logits, backward one; no array of N x V but the gradient. A distribution, a
+      class mask or class weights with smoothing may add one.
+
+    Raises:
+      TypeError: logits that are not floating point; float class indices; one-hot integers; a mask not bool.
+      ValueError: a shape that does not match exactly; an option out of its range; a bad label on the host.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxent
+      >>> logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+      >>> print(jaxent.softmax_cross_entropy(logits, jnp.array([0, 2])).round(4))
+      [0.1698 1.0986]
+
+    Source:
+      Label smoothing: Szegedy et al. 2016. z-loss: PaLM, Chowdhery et al. 2022. Class weights with smoothing:
+      torch.nn.functional.cross_entropy.
+    """
+    function = "softmax_cross_entropy"
+    terms = _Terms(function, label_smoothing, z_loss)
+    return objective(
+        function,
+        terms.cross_entropy_and_z_loss,
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        ignore_index=ignore_index,
+        weights=weights,
+        class_weights=class_weights,
+        class_mask=class_mask,
+        reduction=reduction,
+    )
+
+
+def softmax_focal_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    gamma: float = 2.0,
+    axis: int = -1,
+    where: Array | None = None,
+    ignore_index: int | None = None,
+    weights: Array | None = None,
+    class_weights: Array | None = None,
+    class_mask: Array | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "none",
+) -> Array:
+    """Focal loss over mutually exclusive classes: cross-entropy that turns down easy rows.
+
+        loss = (1 - p_y)^gamma * cross_entropy + z_loss w_y lse^2
+
+    with `cross_entropy` as in `softmax_cross_entropy`, smoothed and class-weighted. For a distribution q,
+    p_y = exp(sum_j q_j log p_j). The mean divides as there.
+
+    Args:
+      logits: `[..., V]`, floating point.
+      labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
+      gamma: >= 0; 0 is the cross-entropy.
+      axis: as in `softmax_cross_entropy`, like all that follow.
+      where: bool `[...]`.
+      ignore_index: an integer label to leave out.
+      weights: real `[...]`.
+      class_weights: real `[V]`.
+      class_mask: bool `[V]` or the shape of `logits`.
+      label_smoothing: in [0, 1].
+      z_loss: >= 0.
+      reduction: "none", "sum" or "mean".
+
+    Returns:
+      Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
+
+    Gradients:
+      With respect to `logits` (and a distribution), to any order and in forward mode.
+
+    Numerics:
+      1 - p_y is -expm1(log p_y): exact where p_y rounds to 1. Bad labels and hidden rows as in
+      `softmax_cross_entropy`.
+
+    Cost:
+      That of `softmax_cross_entropy`.
+
+    Raises:
+      TypeError: as `softmax_cross_entropy`.
+      ValueError: as `softmax_cross_entropy`; a gamma that is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxent
+      >>> logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+      >>> print(jaxent.softmax_focal_loss(logits, jnp.array([0, 2])).round(4))
+      [0.0041 0.4883]
+
+    Source:
+      Lin et al. 2017, "Focal loss for dense object detection", for softmax.
+    """
+    function = "softmax_focal_loss"
+    terms = _Terms(function, label_smoothing, z_loss)
+    contracts.check_number(function, "gamma", gamma, 0, jnp.inf, "0 is the cross-entropy; usual is 2.")
+
+    def focal(s: SoftmaxStatistics, label_weight: Array) -> Array:
+        return _focus(s.log_prob, gamma) * terms.cross_entropy(s) + terms.z(s, label_weight)
+
+    return objective(
+        function,
+        focal,
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        ignore_index=ignore_index,
+        weights=weights,
+        class_weights=class_weights,
+        class_mask=class_mask,
+        reduction=reduction,
+    )
+
+
+def softmax_poly_loss(
+    logits: Array,
+    labels: Array,
+    *,
+    epsilon: float = 1.0,
+    axis: int = -1,
+    where: Array | None = None,
+    ignore_index: int | None = None,
+    weights: Array | None = None,
+    class_weights: Array | None = None,
+    class_mask: Array | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "none",
+) -> Array:
+    """Poly-1 loss over mutually exclusive classes: cross-entropy plus epsilon (1 - p_y).
+
+        loss = cross_entropy + epsilon w_y (1 - p_y) + z_loss w_y lse^2
+
+    with `cross_entropy` as in `softmax_cross_entropy`, smoothed and class-weighted. For a distribution q,
+    p_y = exp(sum_j q_j log p_j) and w_y = 1. The mean divides as there.
+
+    Args:
+      logits: `[..., V]`, floating point.
+      labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
+      epsilon: >= -1, the factor of the first polynomial term; 0 is the cross-entropy.
+      axis: as in `softmax_cross_entropy`, like all that follow.
+      where: bool `[...]`.
+      ignore_index: an integer label to leave out.
+      weights: real `[...]`.
+      class_weights: real `[V]`.
+      class_mask: bool `[V]` or the shape of `logits`.
+      label_smoothing: in [0, 1].
+      z_loss: >= 0.
+      reduction: "none", "sum" or "mean".
+
+    Returns:
+      Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
+
+    Gradients:
+      With respect to `logits` (and a distribution), to any order and in forward mode.
+
+    Numerics:
+      1 - p_y is -expm1(log p_y): exact where p_y rounds to 1. Bad labels and hidden rows as in
+      `softmax_cross_entropy`.
+
+    Cost:
+      That of `softmax_cross_entropy`.
+
+    Raises:
+      TypeError: as `softmax_cross_entropy`.
+      ValueError: as `softmax_cross_entropy`; an epsilon below -1 or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxent
+      >>> logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+      >>> print(jaxent.softmax_poly_loss(logits, jnp.array([0, 2])).round(4))
+      [0.326  1.7653]
+
+    Source:
+      Leng et al. 2022, "PolyLoss".
+    """
+    function = "softmax_poly_loss"
+    terms = _Terms(function, label_smoothing, z_loss)
+    remedy = "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."
+    contracts.check_number(function, "epsilon", epsilon, -1, jnp.inf, remedy)
+
+    def poly(s: SoftmaxStatistics, label_weight: Array) -> Array:
+        first = -epsilon * label_weight * jnp.expm1(s.log_prob)
+        return terms.cross_entropy(s) + first + terms.z(s, label_weight)
+
+    return objective(
+        function,
+        poly,
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        ignore_index=ignore_index,
+        weights=weights,
+        class_weights=class_weights,
+        class_mask=class_mask,
+        reduction=reduction,
+    )
+
+
+def softmax_loss(
+    fn: Callable[..., Array],
+    logits: Array,
+    labels: Array | None,
+    *row_args: Any,
+    axis: int = -1,
+    where: Array | None = None,
+    ignore_index: int | None = None,
+    weights: Array | None = None,
+    class_mask: Array | None = None,
+    reduction: str = "mean",
+) -> Array:
+    """The general softmax loss: any function of a row's statistics, `fn(statistics, *row_args)`.
+
+        loss = sum(weights * fn(statistics, *row_args)) / sum(weights)      over the rows that count
+
+    Args:
+      fn: maps `SoftmaxStatistics` with fields `[...]` (and the row arguments) to losses `[...]`. Any jax
+        function; it is traced once more to see which statistics it reads, and only those are computed.
+      logits: `[..., V]`, floating point.
+      labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None: then no field that needs a label.
+      *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs. Where a row does
+        not count `fn` sees 0 instead. An array of another leading shape is passed as it is.
+      axis: the class axis.
+      where: bool `[...]`; a False row is gone.
+      ignore_index: rows with this integer label are gone as well.
+      weights: real `[...]`, a factor per row.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
+      reduction: "none", "sum" or "mean".
+
+    Returns:
+      Losses `[...]` or a scalar, in what unit `fn` gives.
+
+    Gradients:
+      With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in
+      forward mode. One rule for all functions: `fn` is differentiated by jax, the statistics by jaxent.
+
+    Numerics:
+      The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
+      that do not count contribute exactly 0, even if `fn` makes NaN of them.
+
+    Cost:
+      That of the statistics that `fn` reads.
+
+    Raises:
+      TypeError: as `softmax_cross_entropy`.
+      ValueError: as `softmax_cross_entropy`; an `fn` that does not give one loss per row.
+
+    Example:
+      A policy gradient with an entropy bonus:
+
+      >>> import jax.numpy as jnp, jaxent
+      >>> def objective(s, advantage):
+      ...     return -advantage * s.log_prob - 0.01 * s.entropy
+      >>> logits, actions = jnp.zeros((2, 4)), jnp.array([3, 1])
+      >>> print(jaxent.softmax_loss(objective, logits, actions, jnp.array([1.0, -1.0])).round(4))
+      -0.0139
+
+    Source:
+      The narrow waist of jaxent, docs/architecture.md.
+    """
+    return objective(
+        "softmax_loss",
+        lambda s, _, *args: fn(s, *args),
+        logits,
+        labels,
+        *row_args,
+        axis=axis,
+        where=where,
+        ignore_index=ignore_index,
+        weights=weights,
+        class_weights=None,
+        class_mask=class_mask,
+        reduction=reduction,
+    )
+
+
+def softmax_statistics(
+    logits: Array,
+    labels: Array | None = None,
+    *,
+    axis: int = -1,
+    where: Array | None = None,
+    class_mask: Array | None = None,
+) -> SoftmaxStatistics:
+    """Row statistics of logits: log-probability, log-normalizer, entropy, prediction, rank, in nats.
+
+    With log p = log_softmax(logits) over the classes in force:
+
+        log_prob = log p_y, or sum_j q_j log p_j         mean_log_prob = 1/V sum_j log p_j
+        log_normalizer = log sum_j exp(logits_j)         entropy = -sum_j p_j log p_j
+        prediction = argmax_j logits_j                   rank = how many logits are larger than the label's
+
+    Accuracy is `mean(prediction == labels)`, top-k accuracy `mean(rank < k)`.
+
+    Args:
+      logits: `[..., V]`, floating point.
+      labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None.
+      axis: the class axis.
+      where: bool `[...]`; the statistics of a False row are 0.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
+
+    Returns:
+      `SoftmaxStatistics`, each field `[...]`: float32 (float64 for float64 logits), `prediction` and `rank`
+      int32. `log_prob` and `weighted_log_prob` (here the same) are None without labels, `rank` also for a
+      distribution.
+
+    Gradients:
+      Of all real fields with respect to `logits` (and a distribution), to any order and in forward mode.
+
+    Numerics:
+      As `softmax_cross_entropy`: `log_prob` and `entropy` are accurate for confident rows. A bad label makes
+      the real fields of its row NaN and its rank V.
+
+    Cost:
+      Under jit a field that is not used costs nothing, forward or backward.
+
+    Raises:
+      TypeError: as `softmax_cross_entropy`.
+      ValueError: as `softmax_cross_entropy`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxent
+      >>> s = jaxent.softmax_statistics(jnp.array([[2.0, 0.0, -1.0]]), jnp.array([1]))
+      >>> print(s.log_prob.round(4), s.entropy.round(4), s.prediction, s.rank)
+      [-2.1698] [0.5241] [0] [1]
+
+    Source:
+      log-prob and entropy in one pass: what policy-gradient training asks of a language model head.
+    """
+    function = "softmax_statistics"
+    block, counts, _, _ = prepare(function, logits, labels, axis, where, None, None, None, class_mask)
+    statistics = dense.statistics(available_statistics(block), block, counts)
+    return SoftmaxStatistics(
+        **{name: None if x is None else keep(counts, x) for name, x in vars(statistics).items()}
+    )
+
+
+class _Terms:
+    """The terms that softmax losses share."""
+
+    def __init__(self, function: str, label_smoothing: float, z_loss: float):
+        remedy = "0 is none of it, 1 all of it; usual is 0.1."
+        contracts.check_number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
+        contracts.check_number(function, "z_loss", z_loss, 0, jnp.inf, "0 turns it off; usual is 1e-4.")
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+
+    def cross_entropy(self, s: SoftmaxStatistics) -> Array:
+        a = self.label_smoothing
+        if a == 0:
+            return -s.weighted_log_prob
+        if a == 1:  # not 0 * -inf
+            return -s.mean_log_prob
+        return -((1 - a) * s.weighted_log_prob + a * s.mean_log_prob)
+
+    def z(self, s: SoftmaxStatistics, label_weight: Array) -> Array | float:
+        return 0.0 if self.z_loss == 0 else self.z_loss * label_weight * s.log_normalizer**2
+
+    def cross_entropy_and_z_loss(self, s: SoftmaxStatistics, label_weight: Array) -> Array:
+        return self.cross_entropy(s) + self.z(s, label_weight)
+
+
+def _focus(log_p: Array, gamma: float) -> Array:
+    """(1 - p)^gamma. Far below p = eps it is 1 with slope 0, also where log p = -inf meets a loss of +inf."""
+    if gamma == 0:
+        return jnp.ones_like(log_p)
+    hopeless = log_p < -200
+    not_p = -jnp.expm1(jnp.where(hopeless, -1, log_p))
+    flat = hopeless if gamma >= 1 else hopeless | (not_p == 0)  # below gamma = 1 the slope at 0 is infinite
+    return jnp.where(flat, hopeless, jnp.where(flat, 1, not_p) ** gamma)

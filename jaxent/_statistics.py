@@ -1,0 +1,307 @@
+"""The waist: row statistics of logits, how blocks of classes make them, and the one gradient formula.
+
+Symbols, per row: z_j the logit of class j (-inf for a class that is not in force), m = max_j z_j,
+e_j = exp(z_j - m), r = sum_j e_j - 1, T = 1 + r, p_j = e_j / T, y the label, t a target (weights over classes).
+
+r is T without the one term that is exactly 1. That term is left out of the sum, not subtracted from it, so
+log T = log1p(r) and 1 - p_j = ((1 - e_j) + r) / T have only terms >= 0: a loss of 1e-30 and its gradient come
+out as precisely as a loss of 1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ._numerics import exp_difference, product_or_zero, widen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftmaxStatistics:
+    """What a softmax loss may depend on, one value per row; see `jaxent.softmax_statistics`.
+
+    Attributes:
+      log_prob: log p_y of an integer label, or sum_j q_j log p_j of a distribution q. Nats, as all logs here.
+      weighted_log_prob: the same with class weights w: w_y log p_y, or sum_j w_j q_j log p_j.
+      mean_log_prob: (1/V) sum_j w_j log p_j over the V classes in force: what label smoothing needs.
+      log_normalizer: log sum_j exp(z_j), the log-sum-exp.
+      entropy: -sum_j p_j log p_j.
+      prediction: int32, the class of the largest logit, the first of several.
+      rank: int32, how many classes have a larger logit than the label: 0 is top-1, `rank < k` is top-k.
+
+    `log_prob`, `weighted_log_prob` and `rank` are None without labels, `rank` also for distributions.
+    """
+
+    log_prob: Array | None = None
+    weighted_log_prob: Array | None = None
+    mean_log_prob: Array | None = None
+    log_normalizer: Array | None = None
+    entropy: Array | None = None
+    prediction: Array | None = None
+    rank: Array | None = None
+
+
+STATISTICS = tuple(field.name for field in dataclasses.fields(SoftmaxStatistics))
+INTEGER_STATISTICS = ("prediction", "rank")
+
+
+class Block(NamedTuple):
+    """Some or all classes of some rows: N rows `[...]`, B classes.
+
+    `label` counts from the block's own first class, so that a label in another block hits no lane. A row's
+    label that names no class in force is -1 everywhere: `poison`.
+    """
+
+    logits: Array  # [..., B], any float dtype
+    label: Array | None = None  # int [...]
+    distribution: Array | None = None  # [..., B]
+    class_weights: Array | None = None  # [B]
+    class_mask: Array | None = None  # bool [B] or [..., B]: the classes in force
+
+    def wide_logits(self) -> Array:
+        z = widen(self.logits)
+        return z if self.class_mask is None else jnp.where(self.class_mask, z, -jnp.inf)
+
+    def hit(self) -> Array:
+        """[..., B]: the label's lane. A comparison, not a gather or one-hot: it shards and fuses."""
+        assert self.label is not None
+        classes = jnp.arange(self.logits.shape[-1], dtype=self.label.dtype)
+        return classes == self.label[..., None]
+
+    def weighted_distribution(self) -> Array:
+        assert self.distribution is not None
+        return self.distribution if self.class_weights is None else self.distribution * self.class_weights
+
+    def uniform(self, dtype: Any) -> Array:
+        """The unnormalized target of `mean_log_prob`: [], [B] or [..., B]."""
+        weights = jnp.ones((), dtype) if self.class_weights is None else self.class_weights.astype(dtype)
+        return weights if self.class_mask is None else jnp.where(self.class_mask, weights, 0)
+
+
+class Moments(NamedTuple):
+    """Of a target t: -sum_j t_j log p_j = deviation + mass * log1p(r), for t >= 0 a sum of terms >= 0."""
+
+    deviation: Array  # sum_j t_j (m - z_j)
+    mass: Array  # sum_j t_j
+
+
+class Partial(NamedTuple):
+    """Partial statistics of rows, over a block of classes; `merge` makes those of two blocks together.
+
+    What is not needed is None. The identity of `merge`, which is also the partial of a block with no class in
+    force, has max = -inf and rest = -1: its T is 0.
+    """
+
+    max: Array  # m
+    rest: Array  # r
+    spread: Array | None = None  # sum_j e_j (m - z_j): entropy = log1p(r) + spread / T
+    label_logit: Array | None = None  # z_y, -inf where the label is in another block
+    distribution: Moments | None = None
+    weighted: Moments | None = None
+    uniform: Moments | None = None
+    classes: Array | None = None  # how many are in force
+
+
+def max_and_rest(z: Array) -> tuple[Array, Array]:
+    """m and r over the last axis."""
+    m = jnp.max(z, -1)
+    top = z == m[..., None]
+    e = jnp.where(top, 0, exp_difference(z, jnp.where(m == -jnp.inf, 0, m)[..., None]))
+    r = jnp.sum(e, -1) + (jnp.sum(top, -1, dtype=z.dtype) - 1)
+    return m, jnp.where(m == -jnp.inf, -1, r)
+
+
+def select_label(z: Array, block: Block) -> Array:
+    """z_y over the last axis, -inf where the label hits no lane."""
+    return jnp.max(jnp.where(block.hit(), z, -jnp.inf), -1)
+
+
+def partial_statistics(
+    names: tuple[str, ...],
+    block: Block,
+    max_and_rest: Callable[[Array], tuple[Array, Array]] = max_and_rest,
+    select_label: Callable[[Array, Block], Array] = select_label,
+) -> Partial:
+    """The partial statistics that the statistics `names` need; other ways to find m, r and z_y may be given."""
+    z = block.wide_logits()
+    m, r = max_and_rest(z)
+    finite_m = jnp.where(m == -jnp.inf, 0, m)[..., None]
+    spread = label_logit = distribution = weighted = uniform = classes = None
+
+    def moments(t: Array) -> Moments:
+        t = t.astype(z.dtype)
+        mass = jnp.sum(jnp.broadcast_to(t, z.shape), -1)
+        # a class out of force is in no target, and a target of 0 asks nothing of a logit of -inf
+        deviations = finite_m - z if t.ndim == 0 else product_or_zero(t, finite_m - z)
+        return Moments(jnp.sum(deviations, -1), mass)
+
+    if "entropy" in names:
+        e = exp_difference(z, finite_m)
+        spread = jnp.sum(product_or_zero(e, finite_m - z), -1)
+    if block.label is not None and any(name in names for name in ("log_prob", "weighted_log_prob")):
+        label_logit = select_label(z, block)
+    if block.distribution is not None and "log_prob" in names:
+        distribution = moments(block.distribution)
+    if block.distribution is not None and "weighted_log_prob" in names:
+        weighted = moments(block.weighted_distribution())
+    if "mean_log_prob" in names:
+        uniform = moments(block.uniform(z.dtype))
+        in_force = jnp.ones((), bool) if block.class_mask is None else block.class_mask
+        classes = jnp.sum(jnp.broadcast_to(in_force, z.shape), -1, dtype=z.dtype)
+    return Partial(m, r, spread, label_logit, distribution, weighted, uniform, classes)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The partial statistics of two blocks together: associative, commutative, exact where one is empty.
+
+    With m = max(m_a, m_b) each side's e_j shrink by s = exp(m_side - m). The side that holds m keeps its unit
+    term out of the sum; the other side's unit term becomes an ordinary s.
+    """
+    m = jnp.maximum(a.max, b.max)
+    a_holds = a.max >= b.max
+    shrink = jnp.exp(jnp.where(a_holds, b.max, a.max) - jnp.where(m == -jnp.inf, 0, m))
+    big_rest = jnp.where(a_holds, a.rest, b.rest)
+    small_rest = jnp.where(a_holds, b.rest, a.rest)
+    rest = big_rest + shrink * (1 + small_rest)
+
+    def shifted_spread(x: Partial) -> Array:
+        scale = jnp.where(x.max == m, 1, shrink)
+        return product_or_zero(scale, x.spread + product_or_zero(1 + x.rest, m - x.max))
+
+    def shifted(x: Partial, moments: Moments) -> Moments:
+        return Moments(moments.deviation + product_or_zero(moments.mass, m - x.max), moments.mass)
+
+    def both(name: str, combine: Callable[[Any, Any], Any]) -> Any:
+        left, right = getattr(a, name), getattr(b, name)
+        return None if left is None else combine(left, right)
+
+    def add_moments(left: Moments, right: Moments) -> Moments:
+        left, right = shifted(a, left), shifted(b, right)
+        return Moments(left.deviation + right.deviation, left.mass + right.mass)
+
+    return Partial(
+        max=m,
+        rest=rest,
+        spread=both("spread", lambda *_: shifted_spread(a) + shifted_spread(b)),
+        label_logit=both("label_logit", jnp.maximum),
+        distribution=both("distribution", add_moments),
+        weighted=both("weighted", add_moments),
+        uniform=both("uniform", add_moments),
+        classes=both("classes", jnp.add),
+    )
+
+
+def poison(whole: Partial, label: Array | None) -> Partial:
+    """Rows that have no answer get m = NaN, which makes their every statistic and gradient entry NaN.
+
+    These are rows with a NaN or +inf logit, with no finite logit at all, or with a label of -1.
+    """
+    ok = jnp.isfinite(whole.max)
+    if label is not None:
+        ok &= label >= 0
+    return whole._replace(max=jnp.where(ok, whole.max, jnp.nan))
+
+
+def finish(names: tuple[str, ...], whole: Partial, block: Block) -> dict[str, Array]:
+    """The real-valued statistics `names` from partial statistics over all classes."""
+    m, r = whole.max, whole.rest
+    log_t = jnp.log1p(r) + (m - m)  # NaN where m is
+
+    def expectation(moments: Moments) -> Array:
+        return -(moments.deviation + product_or_zero(moments.mass, log_t))
+
+    found = {}
+    for name in names:
+        match name:
+            case "log_prob" | "weighted_log_prob" if whole.label_logit is not None:
+                found[name] = -((m - whole.label_logit) + log_t)
+                if name == "weighted_log_prob" and block.class_weights is not None:
+                    found[name] *= take_class(block.class_weights, block.label)
+            case "log_prob":
+                found[name] = expectation(whole.distribution)
+            case "weighted_log_prob":
+                found[name] = expectation(whole.weighted)
+            case "mean_log_prob":
+                found[name] = expectation(whole.uniform) / whole.classes
+            case "log_normalizer":
+                found[name] = m + log_t
+            case "entropy":
+                found[name] = log_t + whole.spread / (1 + r)
+    return found
+
+
+def take_class(x: Array, label: Array) -> Array:
+    """x[label] of `[V]` values; 0 for a label of -1."""
+    return jnp.where(label >= 0, x[jnp.maximum(label, 0)], 0)
+
+
+def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict[str, Array]) -> Array:
+    """d/dz_j of sum over the statistics of g * statistic, for the classes of a block: the gradient rule.
+
+    Derivation. log p_j = z_j - m - log1p(r) and dp_k/dz_j = p_k (1[k = j] - p_j), so
+
+        d log_normalizer        / dz_j = p_j
+        d sum_k t_k log p_k     / dz_j = t_j - p_j sum_k t_k       t = onehot(y), q, w q, w/V
+        d entropy               / dz_j = -p_j (log p_j + entropy)
+
+    A label of probability near 1 asks for 1 - p_j, which is taken as ((1 - e_j) + r) / T, never by subtraction;
+    likewise t_j - p_j sum(t) = (t_j - sum(t)) + sum(t) (1 - p_j) at the largest logit.
+
+    Linear in g, by construction: forward mode is its transpose.
+    """
+    z = block.wide_logits()
+    m, r = whole.max[..., None], whole.rest[..., None]
+    e = exp_difference(z, m)
+    p = e / (1 + r)
+    not_p = ((1 - e) + r) / (1 + r)
+
+    def column(name: str) -> Array:
+        return g[name][..., None]
+
+    slope = None  # what multiplies p_j
+    if "log_normalizer" in g:
+        slope = column("log_normalizer")
+    if "mean_log_prob" in g:
+        per_class = column("mean_log_prob") / whole.classes[..., None]
+        shared = -per_class * whole.uniform.mass[..., None]
+        slope = shared if slope is None else slope + shared
+    gradient = None if slope is None else slope * p
+    if "mean_log_prob" in g:
+        gradient = gradient + per_class * block.uniform(z.dtype)
+    if "entropy" in g:
+        log_p = (z - m) - jnp.log1p(r)
+        term = -column("entropy") * product_or_zero(p, log_p + entropy[..., None])
+        gradient = term if gradient is None else gradient + term
+
+    for name, moments, weights in (
+        ("log_prob", whole.distribution, None),
+        ("weighted_log_prob", whole.weighted, block.class_weights),
+    ):
+        if name not in g:
+            continue
+        if block.label is not None:
+            scale = g[name] if weights is None else g[name] * take_class(weights, block.label)
+            scale = scale[..., None]
+            term = jnp.where(block.hit(), scale * not_p, -scale * p)
+        else:
+            t = block.distribution if weights is None else block.weighted_distribution()
+            mass = moments.mass[..., None]
+            term = column(name) * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * p)
+        gradient = term if gradient is None else gradient + term
+    return gradient
+
+
+def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
+    """d/dq_j of a label distribution q: log p_j and w_j log p_j; +-inf where a class has no probability."""
+    log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
+    scale = 0
+    if "log_prob" in g:
+        scale = scale + g["log_prob"][..., None]
+    if "weighted_log_prob" in g:
+        w = 1 if block.class_weights is None else block.class_weights
+        scale = scale + g["weighted_log_prob"][..., None] * w
+    return scale * log_p
