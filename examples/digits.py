@@ -5,13 +5,14 @@
     python examples/digits.py --problem parity-softmax    # odd or even, by two classes: the same curve
     python examples/digits.py --problem multilabel        # ten yes/no questions at once
 
-1,797 real images of 8 x 8 pixels, which come with scikit-learn. Draws the curves and the worst mistakes in --out.
+1,797 real images of 8 x 8 pixels, which come with scikit-learn. Curves and worst mistakes go to --out.
 Shapes: N images, D = 64 pixels, H hidden units, V outputs.
 """
 
 import argparse
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ QUESTIONS = {  # multilabel: each output answers its own question about the digi
     "straight strokes": {1, 4, 7},
 }
 OUTPUTS = {"ten": 10, "parity-sigmoid": 1, "parity-softmax": 1, "multilabel": len(QUESTIONS)}
-HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, EVERY = 256, 128, 3e-3, 1e-2, 10
+HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, EVERY = 192, 128, 3e-3, 1e-2, 20
 
 
 # ---------------------------------------------------------------------------------------------- the data
@@ -108,11 +109,12 @@ def predict(problem, logits):
     return (logits > 0).astype(jnp.float32)  # [N] or [N, V]: sigmoid(z) > 1/2
 
 
+@partial(jax.jit, static_argnames="problem")
 def evaluate(params, pixels, labels, problem):
+    """Each image's loss in nats, [N], and the predictions, in the form of the labels."""
     logits = model(params, pixels, problem)  # [N], [N, 2] or [N, V]
     losses = loss_function(problem)(logits, labels)  # [N] or [N, V]
-    correct = predict(problem, logits) == labels  # [N] or [N, V]
-    return losses.reshape(len(losses), -1).mean(-1), correct.reshape(len(correct), -1).mean(-1)  # [N], [N]
+    return losses.reshape(len(losses), -1).mean(-1), predict(problem, logits)
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -155,7 +157,6 @@ def train(problem, steps, seed):
         update, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, update), state, loss
 
-    measure = jax.jit(evaluate, static_argnames="problem")
     rng = np.random.default_rng(seed)
     curve, test_curve = [], []
     for index in range(steps):
@@ -163,9 +164,11 @@ def train(problem, steps, seed):
         params, state, loss = step(params, state, pixels[batch], labels[batch], index)
         curve.append(float(loss))
         if index % EVERY == 0 or index == steps - 1:
-            losses, correct = measure(params, test_pixels, test_labels, problem=problem)  # [N], [N]
+            losses, guesses = evaluate(params, test_pixels, test_labels, problem)
             test_curve.append((index, float(losses.mean())))
-            progress(index + 1, steps, f"loss {loss:.4f}  test accuracy {correct.mean():.2%}")
+            progress(
+                index + 1, steps, f"loss {loss:.4f}  test accuracy {np.mean(guesses == test_labels):.2%}"
+            )
     return params, np.array(curve), np.array(test_curve)  # ..., [steps], [evaluations, 2]
 
 
@@ -191,9 +194,7 @@ def describe(problem, row):
 def draw(problem, params, curve, test_curve, out, columns=6):
     _, (pixels, digits) = load()
     labels = make_labels(problem, digits)
-    logits = model(params, pixels, problem)
-    losses, _ = (np.asarray(a) for a in evaluate(params, pixels, labels, problem))  # [N]
-    guesses = np.asarray(predict(problem, logits))  # [N] or [N, V]
+    losses, guesses = (np.asarray(a) for a in evaluate(params, pixels, labels, problem))
     worst = np.argsort(-losses)[: 2 * columns]  # the highest loss first
 
     figure = plt.figure(figsize=(9, 7.5), layout="constrained")
@@ -215,7 +216,7 @@ def draw(problem, params, curve, test_curve, out, columns=6):
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
-    bottom.suptitle("The test images with the highest loss", fontsize="medium")
+    bottom.suptitle("The test images with the highest loss (red: wrong)", fontsize="medium")
     for cell, i in zip(bottom.subplots(2, columns).flat, worst, strict=True):
         cell.imshow(pixels[i].reshape(8, 8), cmap="gray_r", interpolation="nearest")
         cell.set(xticks=[], yticks=[])
@@ -231,35 +232,45 @@ def draw(problem, params, curve, test_curve, out, columns=6):
     plt.close(figure)
 
 
+def run(problem, steps, seed, out):
+    """Trains, measures and draws; returns the figures."""
+    start = time.perf_counter()
+    params, curve, test_curve = train(problem, steps, seed)
+    results = {"problem": problem, "seconds": time.perf_counter() - start, "curve": curve}
+    for name, (pixels, digits) in zip(("train", "test"), load(), strict=True):
+        labels = make_labels(problem, digits)
+        losses, guesses = evaluate(params, pixels, labels, problem)
+        correct = np.asarray(guesses == labels).reshape(len(labels), -1)  # [N, answers]
+        results[f"{name}_loss"], results[f"{name}_accuracy"] = float(losses.mean()), float(correct.mean())
+        results[f"{name}_all_right"] = float(correct.all(-1).mean())
+    draw(problem, params, curve, test_curve, out)
+    return results
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--problem", choices=OUTPUTS, default="ten")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="digits.png")
     options = parser.parse_args(argv)
     problem = options.problem
 
-    start = time.perf_counter()
-    params, curve, test_curve = train(problem, options.steps, options.seed)
-    results = {"problem": problem, "seconds": time.perf_counter() - start, "curve": curve}
-    for name, (pixels, digits) in zip(("train", "test"), load(), strict=True):
-        losses, correct = evaluate(params, pixels, make_labels(problem, digits), problem)  # [N], [N]
-        results[f"{name}_loss"], results[f"{name}_accuracy"] = float(losses.mean()), float(correct.mean())
-        if problem == "multilabel":
-            results[f"{name}_all_right"] = float((correct == 1).mean())
-    draw(problem, params, curve, test_curve, options.out)
-
-    if problem.startswith("parity"):  # the other form from the same start: the same losses, step by step
-        other = {"parity-sigmoid": "parity-softmax", "parity-softmax": "parity-sigmoid"}[problem]
-        _, other_curve, _ = train(other, options.steps, options.seed)
-        results["difference"] = float(np.max(np.abs(curve - other_curve)))
-        print(
-            f"{problem} and {other}: the losses of {options.steps} steps differ by {results['difference']:.1e} at most"
-        )
-        assert results["difference"] <= 1e-6, results["difference"]
+    # Odd or even is trained in both forms, to compare. In float32 two forms of one formula round differently,
+    # and training amplifies that within some hundred steps; in float64 the curves stay together.
+    with jax.enable_x64(problem.startswith("parity")):
+        results = run(problem, options.steps, options.seed, options.out)
+        if problem.startswith("parity"):
+            other = {"parity-sigmoid": "parity-softmax", "parity-softmax": "parity-sigmoid"}[problem]
+            _, curve, _ = train(other, options.steps, options.seed)
+            results["difference"] = difference = float(np.max(np.abs(results["curve"] - curve)))
+            print(
+                f"{problem} and {other}: {len(curve)} losses from one start, at most {difference:.1e} apart"
+            )
+            if difference > 1e-6:
+                raise ArithmeticError("sigmoid(z) = softmax([0, z])[1]: the curves must agree")
 
     for name in ("train", "test"):
         text = f"{name:5s}  loss {results[f'{name}_loss']:.4f}  accuracy {results[f'{name}_accuracy']:.2%}"

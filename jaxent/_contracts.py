@@ -220,7 +220,7 @@ def check_host_binary_labels(function: str, labels: Any, mask: Any) -> Array:
 
 
 def debug_check_binary_labels(function: str, ok: Array, labels: Array) -> None:
-    """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing."""
+    """As `debug_check_labels`."""
     bad = jnp.argmin(ok.reshape(-1)) if ok.size else jnp.zeros((), jnp.int32)
     value = labels.reshape(-1)[bad] if labels.size else jnp.zeros((), labels.dtype)
     checkify.debug_check(

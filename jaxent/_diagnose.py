@@ -34,7 +34,13 @@ _ONE_HOT_ROWS = 4  # fewer rows with exactly one positive are chance, not a sign
 
 
 class Finding(NamedTuple):
-    """One mistake: its name, what was seen, and the fix as code."""
+    """One mistake.
+
+    Attributes:
+        name: the kind of mistake, e.g. "softmax-twice".
+        seen: what was seen, with figures.
+        fix: what to write instead, as code.
+    """
 
     name: str
     seen: str
@@ -47,7 +53,13 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found; prints as one block per finding. `ok` and `not diagnosis`: nothing was found."""
+    """What `diagnose` found; prints as one block per finding. It is true where something was found.
+
+    Attributes:
+        findings: one `Finding` per mistake.
+        subject: what was looked at.
+        ok: whether nothing was found.
+    """
 
     findings: tuple[Finding, ...]
     subject: str = ""
@@ -280,7 +292,8 @@ def _one_hot_rows(case: _Case) -> _Said:
     if rows < _ONE_HOT_ROWS:
         return None
     seen = f"all {rows:,} rows of labels have one positive of {case.classes}: one choice of {case.classes}"
-    twice = "; with two classes loss and gradient are twice as large" if case.classes == 2 else ""
+    pair = case.classes == 2 and case.argument == "probs"
+    twice = "; after a softmax over two, loss and gradient are exactly twice as large" if pair else ""
     return (
         seen + twice,
         "jaxent.softmax_cross_entropy(logits, labels.argmax(-1))",

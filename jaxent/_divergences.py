@@ -55,7 +55,7 @@ def softmax_entropy(
     Example:
       >>> import jax.numpy as jnp, jaxent
       >>> print(jaxent.softmax_entropy(jnp.array([[0.0, 0.0], [40.0, 0.0]])))
-      [6.9314718e-01 3.7572080e-42]
+      [6.9314718e-01 1.7418252e-16]
 
     Source:
       Shannon 1948; as a bonus in policy gradients, Williams and Peng 1991.

@@ -52,7 +52,7 @@ def product_or_zero(weight: Array, x: Array) -> Array:
 
 
 def limit(weight: Array, x: Array) -> Array:
-    """`x`, but 0 where weight * x would be 0 * inf: weight * limit(weight, x) has its limit.
+    """`x`, but 0 where the weight is 0 and x infinite, so that their product is 0 there.
 
     Unlike `product_or_zero` it keeps the derivative with respect to a weight of 0 while x is finite.
     """

@@ -239,7 +239,7 @@ def softmax_poly_loss(
       >>> import jax.numpy as jnp, jaxent
       >>> logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
       >>> print(jaxent.softmax_poly_loss(logits, jnp.array([0, 2])).round(4))
-      [0.326  1.7653]
+      [0.3261    1.7652999]
 
     Source:
       Leng et al. 2022, "PolyLoss".
@@ -393,7 +393,7 @@ def softmax_statistics(
       >>> import jax.numpy as jnp, jaxent
       >>> s = jaxent.softmax_statistics(jnp.array([[2.0, 0.0, -1.0]]), jnp.array([1]))
       >>> print(s.log_prob.round(4), s.entropy.round(4), s.prediction, s.rank)
-      [-2.1698] [0.5241] [0] [1]
+      [-2.1698] [0.5243] [0] [1]
 
     Source:
       log-prob and entropy in one pass: what policy-gradient training asks of a language model head.

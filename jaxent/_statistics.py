@@ -106,6 +106,25 @@ class Partial(NamedTuple):
     classes: Array | None = None  # how many are in force
 
 
+def detached_max(max_and_rest: Callable[[Array], tuple[Array, Array]]) -> Callable[[Array], tuple[Array, Array]]:
+    """`max_and_rest(z) -> (m, r)` with dm = 0, dr = sum_j e_j dz_j.
+
+    m is only a shift: with T = sum_j exp(z_j - m) for any constant m, every statistic is the same. Derivatives
+    are exact that way, also where classes tie for the maximum. (Second derivatives come here; first ones have
+    their rule below.)
+    """
+    function = jax.custom_jvp(max_and_rest)
+
+    @function.defjvp
+    def jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+        (z,), (dz,) = primals, tangents
+        m, r = function(z)
+        return (m, r), (jnp.zeros_like(m), jnp.sum(exp_difference(z, m[..., None]) * dz, -1))
+
+    return function
+
+
+@detached_max
 def max_and_rest(z: Array) -> tuple[Array, Array]:
     """m and r over the last axis."""
     m = jnp.max(z, -1)
@@ -257,7 +276,6 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
     m, r = whole.max[..., None], whole.rest[..., None]
     e = exp_difference(z, m)
     p = e / (1 + r)
-    not_p = ((1 - e) + r) / (1 + r)
 
     def column(name: str) -> Array:
         return g[name][..., None]
@@ -285,11 +303,13 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
             continue
         if block.label is not None:
             scale = g[name] if weights is None else g[name] * take_class(weights, block.label)
-            scale = scale[..., None]
-            term = jnp.where(block.hit(), scale * not_p, -scale * p)
+            e_y = exp_difference(whole.label_logit, whole.max)
+            at_label = scale * (((1 - e_y) + whole.rest) / (1 + whole.rest))
+            term = jnp.where(block.hit(), at_label[..., None], -scale[..., None] * p)
         else:
             t = block.distribution if weights is None else block.weighted_distribution()
             mass = moments.mass[..., None]
+            not_p = ((1 - e) + r) / (1 + r)
             term = column(name) * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * p)
         gradient = term if gradient is None else gradient + term
     return gradient

@@ -1,8 +1,8 @@
 """README.md does what it says: its Python blocks run, each on its own, and print the text that follows."""
 
-import contextlib
-import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize(("code", "expected"), BLOCKS, ids=lambda text: text.strip().split("\n")[-1][:40])
 def test_block(code, expected):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+    # a process each: what a reader who pastes it gets
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     if expected:
-        assert printed.getvalue().split() == expected.split()
+        assert done.stdout.split() == expected.split()
 
 
 def test_names_in_the_readme_exist():

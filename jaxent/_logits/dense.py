@@ -15,6 +15,7 @@ from .._statistics import (
     Block,
     Partial,
     SoftmaxStatistics,
+    detached_max,
     distribution_gradient,
     finish,
     logits_gradient,
@@ -78,6 +79,7 @@ _real_statistics = with_forward_mode(_rule)
 # Elsewhere one fused pass is best, and a group or gather along a class axis that is split would move the logits.
 
 
+@detached_max
 def _max_and_rest(z: Array) -> tuple[Array, Array]:
     size = _group_size(z.shape[-1])
     if size is None or jax.device_count() > 1:
@@ -117,14 +119,18 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     within a group are small, so their rounding is harmless; those between groups are compensated.
     """
     groups = z.reshape(*z.shape[:-1], -1, size)
-    tops = lax.stop_gradient(jnp.max(groups, -1))  # [..., G]; a shift, of which T does not depend
-    tops = jnp.maximum(tops, lowest(z.dtype))  # -inf would make a group without a class in force NaN
+    tops = jnp.max(groups, -1)  # [..., G]
+    m = jnp.max(tops, -1, keepdims=True)
     g = jnp.argmax(tops, -1)[..., None]
+    tops = jnp.maximum(tops, lowest(z.dtype))  # -inf would make a group without a class in force NaN
+    totals = jnp.sum(jnp.exp(groups - tops[..., None]), -1) * exp_difference(tops, m)
+    others = jnp.sum(jnp.where(jnp.arange(tops.shape[-1]) == g, 0, totals), -1)
     own = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]  # the group of the maximum
-    lane = jnp.argmax(own, -1)[..., None]
-    m = jnp.take_along_axis(own, lane, -1)  # [..., 1]
-    others = jnp.sum(jnp.exp(groups - tops[..., None]), -1) * exp_difference(tops, m)
-    others = jnp.where(jnp.arange(tops.shape[-1]) == g, 0, others)
-    inside = jnp.where(jnp.arange(size) == lane, 0, exp_difference(own, m))
-    r = jnp.sum(others, -1) + jnp.sum(inside, -1)
-    return m[..., 0], r
+    top = own == m
+    rest = jnp.where(top, 0, exp_difference(own, m))
+    # one reduction of two sums: unlike two reductions it reads `own` as it is made, and no N x size array is
+    zero = jnp.zeros((), z.dtype)
+    rest, ties = lax.reduce(
+        (rest, top.astype(z.dtype)), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (z.ndim - 1,)
+    )
+    return m[..., 0], others + rest + (ties - 1)

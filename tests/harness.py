@@ -1,0 +1,114 @@
+"""How a test runs jaxent on a case, and how far a result is from the oracle's, in units that mean something."""
+
+import functools
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import jaxent
+import numpy as np
+
+ARRAYS = ("where", "weights", "class_weights", "class_mask")
+# significant bits, exponent of the smallest normal number
+FORMATS = {"float64": (53, -1022), "float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options that are arrays, which a compiled function takes as arguments, and the rest."""
+    arrays = {name: x for name, x in options.items() if name in ARRAYS}
+    return arrays, {name: x for name, x in options.items() if name not in ARRAYS}
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """To jax, floats in `dtype`."""
+    x = np.asarray(x)
+    return jnp.asarray(x.astype(cases.NUMPY_DTYPES[dtype]) if x.dtype.kind == "f" else x)
+
+
+def weights_in(arrays: dict[str, Any], dtype: str) -> dict[str, Any]:
+    wide = "float64" if dtype == "float64" else "float32"
+    return {name: cast(x, wide) for name, x in arrays.items()}
+
+
+@functools.cache  # compiled once for all inputs of a shape
+def compiled_value(loss: str, rest: tuple[tuple[str, Any], ...]) -> Any:
+    def f(inputs, arrays):
+        return getattr(jaxent, loss)(*inputs, **arrays, **dict(rest))
+
+    return jax.jit(f)
+
+
+@functools.cache
+def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...]) -> Any:
+    def f(inputs, arrays, cotangent):
+        moving = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+        def of_moving(moved):
+            full = list(inputs)
+            for i, x in zip(moving, moved, strict=True):
+                full[i] = x
+            return getattr(jaxent, loss)(*full, **arrays, **dict(rest))
+
+        out, vjp = jax.vjp(of_moving, [inputs[i] for i in moving])
+        return vjp(cotangent.astype(out.dtype))[0]
+
+    return jax.jit(f)
+
+
+def value(loss: str, *inputs: Any, dtype: str = "float32", **options: Any) -> np.ndarray:
+    """The compiled loss of logits and labels given in float64, computed in `dtype`."""
+    with jax.enable_x64(dtype == "float64"):
+        arrays, rest = split(options)
+        f = compiled_value(loss, tuple(rest.items()))
+        return np.asarray(f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype)))
+
+
+def gradients(loss: str, *inputs: Any, cotangent: Any, dtype: str = "float32", **options: Any) -> list[np.ndarray]:
+    """The compiled gradients by every input that is float."""
+    with jax.enable_x64(dtype == "float64"):
+        arrays, rest = split(options)
+        f = compiled_gradients(loss, tuple(rest.items()))
+        found = f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype), cast(cotangent, "float32"))
+        return [np.asarray(x) for x in found]
+
+
+def cotangent_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Uneven, of both signs, exact in every dtype."""
+    x = np.random.default_rng([seed, 7, *shape]).integers(1, 40, size=shape) / 16
+    return np.where(np.arange(x.size).reshape(shape) % 3 == 1, -x, x)
+
+
+def spacing(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The distance between numbers of `dtype` around x."""
+    bits, least = FORMATS[dtype]
+    exponent = np.frexp(np.abs(x))[1] - 1
+    return np.ldexp(np.longdouble(1), np.maximum(exponent, least) - (bits - 1))
+
+
+def error_in_ulp(got: np.ndarray, want: np.ndarray, dtype: str) -> np.ndarray:
+    return difference(got, want) / spacing(np.where(np.isfinite(want), want, 1), dtype)
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """|got - want|, 0 where both are the same infinity or both NaN, infinite where only one is."""
+    got, want = np.asarray(got, np.longdouble), np.asarray(want, np.longdouble)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    special = ~np.isfinite(got) | ~np.isfinite(want)
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    plain = np.abs(np.where(special, 0, got) - np.where(special, 0, want))
+    return np.where(special, np.where(same, 0, np.inf), plain)
+
+
+def assert_within(got: np.ndarray, want: np.ndarray, bound: np.ndarray, what: str = "") -> None:
+    """|got - want| <= bound everywhere; the message has the worst element."""
+    error = difference(got, want)
+    bound = np.broadcast_to(np.asarray(bound, np.longdouble), error.shape)
+    bad = ~(error <= np.where(np.isnan(bound), 0, bound))
+    if bad.any():
+        excess = np.where(bad, error / np.where(bound > 0, bound, 1e-300), 0)
+        at = np.unravel_index(np.argmax(excess), excess.shape)
+        raise AssertionError(
+            f"{what} {bad.sum()} of {bad.size} off; worst at {[int(i) for i in at]}: got {got[at]!r}, want "
+            f"{np.asarray(want)[at]!r}, error {float(error[at]):.3g}, allowed {float(bound[at]):.3g}"
+        )
