@@ -194,6 +194,12 @@ def errors(problem: Problem) -> dict[str, tuple[float, float]]:
     return {name: (float(e[~sure].max()), float(e[sure].max())) for name, e in relative.items()}
 
 
+def readable_seconds(rounds: list[float]) -> str:
+    """The median, and how quiet the machine was."""
+    low, middle, high = (1e3 * f(rounds) for f in (min, statistics.median, max))
+    return f"{middle:.3g} ms ({low:.3g} to {high:.3g})"
+
+
 def readable_bytes(count: int | None) -> str:
     if count is None:
         return "-"
@@ -269,7 +275,7 @@ def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "(not installed, from the source tree)"
+        return "(source tree)"
 
 
 def processor() -> str:
@@ -311,7 +317,7 @@ def main() -> None:
             found = {name: ratio(seconds, name, BASE) for name in names if name in seconds}
             ratios[mode][problem.name] = found
             speed.append(
-                [f"{problem.name}, {title}", f"{1e3 * statistics.median(seconds[BASE]):.3g} ms"]
+                [f"{problem.name}, {title}", readable_seconds(seconds[BASE])]
                 + [f"{found[name]:.2f}" if name in found else "-" for name in names]
                 + [f"{ratio(seconds, OPTIONS, PLAIN):.2f}"]
             )
@@ -325,7 +331,8 @@ def main() -> None:
         for name, (ordinary, confident) in measured.items():
             accuracy.append([f"{problem.name}, {name}", f"{ordinary:.1e}", f"{confident:.1e}"])
 
-    print("Time: optax in ms, the others as ratios to it; last, smoothing + z-loss over plain jaxent.\n")
+    print("Time: optax as median (and range) of the rounds, the others as ratios to it; in the last column")
+    print("smoothing + z-loss over plain jaxent.\n")
     print(table(["", BASE, *names, "options / plain"], speed))
     print("\nMemory: temporaries of the compiled program, beyond arguments and results.\n")
     print(table(["", BASE, ONE_HOT, PLAIN, OPTIONS], memory))

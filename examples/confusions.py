@@ -22,12 +22,12 @@ import matplotlib.pyplot as plt
 
 WRONG, RIGHT = "tab:red", "tab:blue"
 
-# Compiled once for all panels. Called as they are, the losses also check labels that the host knows: see `error_of`.
+# Compiled once for all panels. Uncompiled, a loss also checks the values of NumPy labels: see `error_of`.
 softmax_cross_entropy = jax.jit(jaxent.softmax_cross_entropy)
 sigmoid_cross_entropy = jax.jit(jaxent.sigmoid_cross_entropy)
 
 
-def train(loss, labels, outputs, steps=150):
+def train(loss, labels, outputs, steps=100):
     """A network trained with `loss(logits, labels) -> scalar`: its parameters and its curve."""
     (pixels, _), _ = load()  # [N, D]
     batches = [jnp.asarray(x[:1408]).reshape(11, 128, *x.shape[1:]) for x in (pixels, labels)]  # [11, B, ...]
@@ -97,24 +97,23 @@ def softmax_then_log(ax, pixels, digits, trained):
         ours = [softmax_cross_entropy(logits, jnp.full(len(digits), k)) for k in range(10)]
         ours = np.stack(ours, -1)  # [N, 10]
         lines.append(
-            f"logits x {scale:<2d}: of {naive.size:,} losses log(softmax) makes {(naive == 0).sum():4d} zero and "
-            f"{np.isinf(naive).sum():4d} inf, jaxent {(ours == 0).sum():3d} and {np.isinf(ours).sum()}"
+            f"logits x {scale:<2d}: of {naive.size:,} losses, log(softmax) has {(naive == 0).sum():4d} zero "
+            f"and {np.isinf(naive).sum():4d} inf, jaxent {(ours == 0).sum():3d} and {np.isinf(ours).sum()}"
         )
     return lines, jaxent.diagnose(probs, digits, loss="categorical_cross_entropy")
 
 
 def elementwise_on_one_choice(ax, pixels, digits, trained):
-    def ratio(logits, labels):  # [N, V], [N] -> the ratio of the losses [N] and of the gradients [N, V]
-        one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+    def losses(logits, labels):  # [N, V], [N] -> [N], [N]
+        one_hot = jax.nn.one_hot(labels, logits.shape[-1])  # [N, V]
+        binary = jaxent.binary_cross_entropy(jax.nn.softmax(logits), one_hot).sum(-1)
+        return binary, softmax_cross_entropy(logits, labels)
 
-        def binary(logits):
-            return jaxent.binary_cross_entropy(jax.nn.softmax(logits), one_hot).sum(-1)  # [N]
-
-        def categorical(logits):
-            return softmax_cross_entropy(logits, labels)  # [N]
-
-        gradients = [jax.jit(jax.grad(lambda z, f=f: f(z).sum()))(logits) for f in (binary, categorical)]
-        return binary(logits) / categorical(logits), gradients[0] / gradients[1]
+    @jax.jit
+    def ratio(logits, labels):  # of the losses [N], of the gradients [N, V]
+        (binary, categorical), vjp = jax.vjp(lambda logits: losses(logits, labels), logits)
+        one, zero = jnp.ones_like(binary), jnp.zeros_like(binary)
+        return binary / categorical, vjp((one, zero))[0] / vjp((zero, one))[0]
 
     # a tempered network, so that the losses are far from rounding to 0
     logits = 0.2 * trained["logits"]  # [N, 10]

@@ -1,6 +1,6 @@
 """Softmax losses: a few lines each on the row statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -349,6 +349,7 @@ def softmax_statistics(
     logits: Array,
     labels: Array | None = None,
     *,
+    names: Sequence[str] | None = None,
     axis: int = -1,
     where: Array | None = None,
     class_mask: Array | None = None,
@@ -366,6 +367,7 @@ def softmax_statistics(
     Args:
       logits: `[..., V]`, floating point.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None.
+      names: the fields to compute; the others are None. Default: all that the labels allow.
       axis: the class axis.
       where: bool `[...]`; the statistics of a False row are 0.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
@@ -383,11 +385,11 @@ def softmax_statistics(
       the real fields of its row NaN and its rank V.
 
     Cost:
-      Under jit a field that is not used costs nothing, forward or backward.
+      That of the fields in `names`: `log_prob` two passes over the logits, most others one more each.
 
     Raises:
       TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`.
+      ValueError: as `softmax_cross_entropy`; a name that is unknown or needs labels.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -400,7 +402,12 @@ def softmax_statistics(
     """
     function = "softmax_statistics"
     block, counts, _, _ = prepare(function, logits, labels, axis, where, None, None, None, class_mask)
-    statistics = dense.statistics(available_statistics(block), block, counts)
+    available = available_statistics(block)
+    wanted = available if names is None else tuple(name for name in available if name in names)
+    if names is not None:
+        ok = not isinstance(names, str) and len(wanted) == len(set(names))
+        contracts.check_option(function, "names", names, ok, f"some of {available}", "Some need (integer) labels.")
+    statistics = dense.statistics(wanted, block, counts)
     return SoftmaxStatistics(
         **{name: None if x is None else keep(counts, x) for name, x in vars(statistics).items()}
     )

