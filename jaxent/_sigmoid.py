@@ -300,9 +300,8 @@ def _clipped(form: _Form, z: Array, p: Array, q: Array, b: Array) -> tuple[Array
     e = jnp.expm1(jnp.minimum(high - z, 1))
     u = p * (1 - form.clip) * jnp.maximum(-(e + low * (1 + e)), 0)  # XLA would fold (high - z) + low
     rest = q + form.clip
-    b = -jnp.where(u < 0.5, jnp.log1p(-jnp.minimum(u, 0.5)), jnp.log(rest))
     off = u == 0
-    return u, b, p / jnp.where(off, 1, u), jnp.where(off, 0, p * q / rest)
+    return u, jnp.log1p(u / rest), p / jnp.where(off, 1, u), jnp.where(off, 0, p * q / rest)
 
 
 def _power(x: Array, gamma: float) -> Array:

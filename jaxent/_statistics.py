@@ -217,9 +217,13 @@ def merge(a: Partial, b: Partial) -> Partial:
 def poison(whole: Partial, label: Array | None) -> Partial:
     """Rows that have no answer get m = NaN, which makes their every statistic and gradient entry NaN.
 
-    These are rows with a NaN or +inf logit, with no finite logit at all, or with a label of -1.
+    These are rows with a NaN or +inf logit, with no finite logit at all, with a label of -1, or with NaN in the
+    distribution. (It also makes the gradient wait for all that reads the logits, so that it may overwrite them.)
     """
     ok = jnp.isfinite(whole.max)
+    for moments in (whole.distribution, whole.weighted, whole.uniform):
+        if moments is not None:
+            ok &= ~jnp.isnan(moments.deviation)
     if label is not None:
         ok &= label >= 0
     return whole._replace(max=jnp.where(ok, whole.max, jnp.nan))

@@ -183,6 +183,7 @@ OPTIONS: dict[str, set] = {
     "batch_axis_name": {None},
     "axis_name": {None},
     "loss": {"softmax_cross_entropy"},
+    "names": {None},
 }
 
 

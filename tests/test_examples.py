@@ -60,5 +60,5 @@ def test_confusions(tmp_path, capsys):
         [],
     ]
     text = capsys.readouterr().out
-    for claim in ("exactly twice", "loss 0 to 0, 'accuracy' 100%", "4,000,000,000,000 bytes"):
+    for claim in ("exactly twice", "loss 0 all along, 'accuracy' 100%", "4,000,000,000,000 bytes"):
         assert claim in text

@@ -50,8 +50,7 @@ def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
     whole = _whole(names, block)
-    # all reading of the logits comes before the backward, so that the gradient may take their memory
-    found, whole = lax.optimization_barrier((finish(names, whole, block), whole))
+    found = finish(names, whole, block)
     return found, (block, whole, found.get("entropy"), counts)
 
 
@@ -125,8 +124,8 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     """
     groups = z.reshape(*z.shape[:-1], -1, size)
     tops = jnp.max(groups, -1)  # [..., G]
-    m = jnp.max(tops, -1, keepdims=True)
     g = jnp.argmax(tops, -1)[..., None]
+    m = jnp.take_along_axis(tops, g, -1)  # the maximum of maxima XLA would take from the logits once more
     tops = jnp.maximum(tops, lowest(z.dtype))  # -inf would make a group without a class in force NaN
     totals = jnp.sum(jnp.exp(groups - tops[..., None]), -1) * exp_difference(tops, m)
     others = jnp.sum(jnp.where(jnp.arange(tops.shape[-1]) == g, 0, totals), -1)
