@@ -129,7 +129,9 @@ def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
         if has_shape(labels, rows):
             remedy = "Floats are read as a distribution; for class indices pass `labels.astype(jnp.int32)`."
             fail(TypeError, function, "labels", forms, got, remedy)
-        remedy = "jaxent never broadcasts labels: use `jnp.broadcast_to(labels, logits.shape)` if you mean it."
+        remedy = (
+            "jaxent never broadcasts labels: use `jnp.broadcast_to(labels, logits.shape)` if you mean it."
+        )
         fail(ValueError, function, "labels", forms, got, remedy)
     if is_integer(labels):
         if has_shape(labels, rows):
@@ -139,12 +141,16 @@ def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
             fail(TypeError, function, "labels", forms, got, remedy)
         remedy = "jaxent never broadcasts labels: one index per row of logits, e.g. `labels.squeeze(-1)`."
         fail(ValueError, function, "labels", forms, got, remedy)
-    remedy = "bool labels are for `sigmoid_cross_entropy`; for classes 0 and 1 pass `labels.astype(jnp.int32)`."
+    remedy = (
+        "bool labels are for `sigmoid_cross_entropy`; for classes 0 and 1 pass `labels.astype(jnp.int32)`."
+    )
     fail(TypeError, function, "labels", forms, got, remedy)
     raise AssertionError
 
 
-def check_host_labels(function: str, labels: Any, classes: int, where: Any, ignore_index: int | None) -> Array:
+def check_host_labels(
+    function: str, labels: Any, classes: int, where: Any, ignore_index: int | None
+) -> Array:
     """Integer labels as an array of at least 32 bits; labels that are known on the host are checked at once.
 
     jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so values outside [0, classes)

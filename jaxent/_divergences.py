@@ -11,7 +11,7 @@ from jax import Array
 from . import _contracts as contracts
 from ._derivatives import with_forward_mode
 from ._numerics import accumulation_dtype, exp_difference, product_or_zero
-from ._objective import both, check_class_mask, objective
+from ._objective import check_class_mask, objective
 from ._reduction import reduce, row_weights
 from ._statistics import max_and_rest
 
@@ -131,7 +131,9 @@ def softmax_kl_divergence(
       Kullback and Leibler 1951; Hinton et al. 2015, "Distilling the knowledge in a neural network".
     """
     function = "softmax_kl_divergence"
-    return _divergence(function, logits, target_logits, temperature, axis, where, weights, class_mask, reduction)
+    return _divergence(
+        function, logits, target_logits, temperature, axis, where, weights, class_mask, reduction
+    )
 
 
 def softmax_js_divergence(
@@ -187,7 +189,9 @@ def softmax_js_divergence(
       Lin 1991, "Divergence measures based on the Shannon entropy".
     """
     function = "softmax_js_divergence"
-    return _divergence(function, logits, target_logits, temperature, axis, where, weights, class_mask, reduction)
+    return _divergence(
+        function, logits, target_logits, temperature, axis, where, weights, class_mask, reduction
+    )
 
 
 def _divergence(
@@ -207,7 +211,9 @@ def _divergence(
     shape = np.shape(logits)
     remedy = "Logits are never broadcast: use `jnp.broadcast_to` if you mean it."
     contracts.check_shape(function, "target_logits", target_logits, shape, "that of `logits`", remedy)
-    contracts.check_number(function, "temperature", temperature, 0, math.inf, "1 leaves the logits as they are.")
+    contracts.check_number(
+        function, "temperature", temperature, 0, math.inf, "1 leaves the logits as they are."
+    )
     remedy = "The limit at 0 is the argmax, which has no gradient."
     contracts.check_option(function, "temperature", temperature, temperature > 0, "positive", remedy)
     rows = tuple(np.delete(shape, axis).tolist())
@@ -237,10 +243,10 @@ def _forward(static: Static, *arrays: Any) -> tuple[Array, Any]:
 def _backward(static: Static, residuals: Any, g: Array) -> tuple[Array, Array, None, None]:
     """With d = log(q / p), s = d / 2 and h = (p + q) / 2, dp_k/dz_j = p_k (1[k = j] - p_j) / T gives
 
-        dKL/dz_p = (p - q) / T               = q expm1(-d) / T
-        dKL/dz_q = q (d - KL) / T
-        dJS/dz_p = p (l_p - sum p l_p) / 2T,  l_p = log(p / h) = -s - log cosh s
-        dJS/dz_q = q (l_q - sum q l_q) / 2T,  l_q = log(q / h) =  s - log cosh s
+    dKL/dz_p = (p - q) / T               = q expm1(-d) / T
+    dKL/dz_q = q (d - KL) / T
+    dJS/dz_p = p (l_p - sum p l_p) / 2T,  l_p = log(p / h) = -s - log cosh s
+    dJS/dz_q = q (l_q - sum q l_q) / 2T,  l_q = log(q / h) =  s - log cosh s
     """
     z_p, z_q, class_mask, counts = residuals
     kind, temperature = static

@@ -53,7 +53,9 @@ def objective(
     row_args = jax.tree.map(lambda x: _keep_rows(counts, x, rows), row_args)
     losses = fn(statistics, 1 if label_weight is None else keep(counts, label_weight, 1), *row_args)
     if not contracts.has_shape(losses, rows):
-        remedy = "It maps statistics `[...]`, one value per row, to one loss per row; `reduction` does the rest."
+        remedy = (
+            "It maps statistics `[...]`, one value per row, to one loss per row; `reduction` does the rest."
+        )
         got = contracts.describe(losses)
         contracts.fail(ValueError, function, "fn", f"a function to losses of shape {list(rows)}", got, remedy)
     return reduce(losses, counts, weights, reduction, label_weight)
@@ -79,7 +81,9 @@ def prepare(
     if ignore_index is not None:
         remedy = "It hides rows by their label; hide rows of a distribution with `where=`."
         ok = has_index and isinstance(ignore_index, int | np.integer)
-        contracts.check_option(function, "ignore_index", ignore_index, ok, "an int beside integer labels", remedy)
+        contracts.check_option(
+            function, "ignore_index", ignore_index, ok, "an int beside integer labels", remedy
+        )
     counts, weights = row_weights(function, rows, where, weights)
     what = "one per class"
     if class_weights is not None:
@@ -121,7 +125,9 @@ def check_class_mask(function: str, class_mask: Any, shape: tuple[int, ...], cla
         contracts.check_shape(function, "class_mask", class_mask, shape, what, remedy)
 
 
-def used_statistics(fn: StatisticsFunction, block: Block, rows: tuple[int, ...], row_args: Any) -> tuple[str, ...]:
+def used_statistics(
+    fn: StatisticsFunction, block: Block, rows: tuple[int, ...], row_args: Any
+) -> tuple[str, ...]:
     """Which statistics `fn` reads, found by tracing it once: what it does not read is never computed."""
     used: set[str] = set()
 

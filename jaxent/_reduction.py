@@ -32,7 +32,11 @@ def keep(counts: Array | None, x: Array, other=0) -> Array:
 
 
 def reduce(
-    losses: Array, counts: Array | None, weights: Array | None, reduction: str, label_weight: Array | None = None
+    losses: Array,
+    counts: Array | None,
+    weights: Array | None,
+    reduction: str,
+    label_weight: Array | None = None,
 ) -> Array:
     """Weighted losses, reduced; rows that do not count contribute exactly 0, whatever they hold.
 
@@ -100,7 +104,9 @@ def mean(losses: Array, *, where: Array | None = None, weights: Array | None = N
       The token-weighted mean of language model training (e.g. fairseq, MaxText); a mean of per-device means
       is not it when devices hold different counts.
     """
-    contracts.check_floating("mean", "losses", losses, "Losses are real numbers: `losses.astype(jnp.float32)`.")
+    contracts.check_floating(
+        "mean", "losses", losses, "Losses are real numbers: `losses.astype(jnp.float32)`."
+    )
     losses = widen(jnp.asarray(losses))
     counts, weights = row_weights("mean", losses.shape, where, weights, "losses")
     return reduce(losses, counts, weights, "mean")

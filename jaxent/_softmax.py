@@ -406,7 +406,9 @@ def softmax_statistics(
     wanted = available if names is None else tuple(name for name in available if name in names)
     if names is not None:
         ok = not isinstance(names, str) and len(wanted) == len(set(names))
-        contracts.check_option(function, "names", names, ok, f"some of {available}", "Some need (integer) labels.")
+        contracts.check_option(
+            function, "names", names, ok, f"some of {available}", "Some need (integer) labels."
+        )
     statistics = dense.statistics(wanted, block, counts)
     return SoftmaxStatistics(
         **{name: None if x is None else keep(counts, x) for name, x in vars(statistics).items()}

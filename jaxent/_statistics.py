@@ -106,7 +106,9 @@ class Partial(NamedTuple):
     classes: Array | None = None  # how many are in force
 
 
-def detached_max(max_and_rest: Callable[[Array], tuple[Array, Array]]) -> Callable[[Array], tuple[Array, Array]]:
+def detached_max(
+    max_and_rest: Callable[[Array], tuple[Array, Array]],
+) -> Callable[[Array], tuple[Array, Array]]:
     """`max_and_rest(z) -> (m, r)` with dm = 0, dr = sum_j e_j dz_j.
 
     m is only a shift: with T = sum_j exp(z_j - m) for any constant m, every statistic is the same. Derivatives
@@ -237,7 +239,7 @@ def finish(names: tuple[str, ...], whole: Partial, block: Block) -> dict[str, Ar
     def expectation(moments: Moments) -> Array:
         return -(moments.deviation + product_or_zero(moments.mass, log_t))
 
-    found = {}
+    found: dict[str, Array] = {}
     for name in names:
         match name:
             case "log_prob" | "weighted_log_prob" if whole.label_logit is not None:
@@ -280,52 +282,39 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
     m, r = whole.max[..., None], whole.rest[..., None]
     e = exp_difference(z, m)
     p = e / (1 + r)
-
-    def column(name: str) -> Array:
-        return g[name][..., None]
-
-    slope = None  # what multiplies p_j
+    g = {name: x[..., None] for name, x in g.items()}
+    terms = []
     if "log_normalizer" in g:
-        slope = column("log_normalizer")
+        terms.append(g["log_normalizer"] * p)
     if "mean_log_prob" in g:
-        per_class = column("mean_log_prob") / whole.classes[..., None]
-        shared = -per_class * whole.uniform.mass[..., None]
-        slope = shared if slope is None else slope + shared
-    gradient = None if slope is None else slope * p
-    if "mean_log_prob" in g:
-        gradient = gradient + per_class * block.uniform(z.dtype)
+        per_class = g["mean_log_prob"] / whole.classes[..., None]
+        terms.append(per_class * (block.uniform(z.dtype) - whole.uniform.mass[..., None] * p))
     if "entropy" in g:
         log_p = (z - m) - jnp.log1p(r)
-        term = -column("entropy") * product_or_zero(p, log_p + entropy[..., None])
-        gradient = term if gradient is None else gradient + term
-
-    for name, moments, weights in (
-        ("log_prob", whole.distribution, None),
-        ("weighted_log_prob", whole.weighted, block.class_weights),
-    ):
+        terms.append(-g["entropy"] * product_or_zero(p, log_p + entropy[..., None]))
+    for name, moments in (("log_prob", whole.distribution), ("weighted_log_prob", whole.weighted)):
         if name not in g:
             continue
+        weighted = name == "weighted_log_prob" and block.class_weights is not None
         if block.label is not None:
-            scale = g[name] if weights is None else g[name] * take_class(weights, block.label)
+            scale = g[name]
+            if weighted:
+                scale = scale * take_class(block.class_weights, block.label)[..., None]
             e_y = exp_difference(whole.label_logit, whole.max)
-            at_label = scale * (((1 - e_y) + whole.rest) / (1 + whole.rest))
-            term = jnp.where(block.hit(), at_label[..., None], -scale[..., None] * p)
+            not_p_y = ((1 - e_y) + whole.rest) / (1 + whole.rest)
+            terms.append(jnp.where(block.hit(), scale * not_p_y[..., None], -scale * p))
         else:
-            t = block.distribution if weights is None else block.weighted_distribution()
+            t = block.weighted_distribution() if weighted else block.distribution
             mass = moments.mass[..., None]
             not_p = ((1 - e) + r) / (1 + r)
-            term = column(name) * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * p)
-        gradient = term if gradient is None else gradient + term
-    return gradient
+            terms.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * p))
+    return sum(terms[1:], start=terms[0])
 
 
 def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
-    """d/dq_j of a label distribution q: log p_j and w_j log p_j; +-inf where a class has no probability."""
+    """d/dq_j of a label distribution q: log p_j and w_j log p_j; -inf where a class has no probability."""
     log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
-    scale = 0
-    if "log_prob" in g:
-        scale = scale + g["log_prob"][..., None]
-    if "weighted_log_prob" in g:
-        w = 1 if block.class_weights is None else block.class_weights
-        scale = scale + g["weighted_log_prob"][..., None] * w
-    return scale * log_p
+    w = jnp.ones((), log_p.dtype) if block.class_weights is None else block.class_weights
+    scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": w}
+    terms = [g[name][..., None] * scale * log_p for name, scale in scales.items() if name in g]
+    return sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p)

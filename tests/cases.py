@@ -148,7 +148,9 @@ CONFIDENT = (
 OPTIONS = (
     Case("all masks", (6, 11), 13, masks=("where", "ignore_index", "weights", "class_weights")),
     Case("class mask", (21,), 23, masks=("class_mask", "weights")),
-    Case("class mask per row 4100", (8,), 4100, masks=("class_mask_rows",), options=(("label_smoothing", 0.1),)),
+    Case(
+        "class mask per row 4100", (8,), 4100, masks=("class_mask_rows",), options=(("label_smoothing", 0.1),)
+    ),
     Case("smoothing", (32,), 9, options=(("label_smoothing", 0.1),)),
     Case("smoothing weighted", (32,), 9, masks=("class_weights",), options=(("label_smoothing", 0.3),)),
     Case("z-loss", (32,), 9, offset=2, options=(("z_loss", 1e-3),)),

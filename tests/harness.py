@@ -3,11 +3,12 @@
 import functools
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
-import jaxent
 import numpy as np
+
+import cases
+import jaxent
 
 ARRAYS = ("where", "weights", "class_weights", "class_mask")
 # significant bits, exponent of the smallest normal number
@@ -64,7 +65,9 @@ def value(loss: str, *inputs: Any, dtype: str = "float32", **options: Any) -> np
         return np.asarray(f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype)))
 
 
-def gradients(loss: str, *inputs: Any, cotangent: Any, dtype: str = "float32", **options: Any) -> list[np.ndarray]:
+def gradients(
+    loss: str, *inputs: Any, cotangent: Any, dtype: str = "float32", **options: Any
+) -> list[np.ndarray]:
     """The compiled gradients by every input that is float."""
     with jax.enable_x64(dtype == "float64"):
         arrays, rest = split(options)

@@ -1,15 +1,16 @@
 """Hostile input, line by line of the table in the documentation: what is poisoned, what is gone, what raises."""
 
-import cases
 import chex
-import harness
 import jax
 import jax.numpy as jnp
-import jaxent
 import numpy as np
-import oracle
 import pytest
 from absl.testing import parameterized
+
+import cases
+import harness
+import jaxent
+import oracle
 
 NAN, INF = np.nan, np.inf
 MAX = float(np.finfo(np.float32).max)
@@ -91,7 +92,9 @@ def test_rows_are_poisoned_alone_in(dtype):
     z, labels, _ = hostile(300, dtype)
     ct = np.ones(len(z))
     want = oracle.softmax_cross_entropy(z, labels)
-    harness.assert_within(harness.value("softmax_cross_entropy", z, labels, dtype=dtype), want, 1e-6 * np.abs(want))
+    harness.assert_within(
+        harness.value("softmax_cross_entropy", z, labels, dtype=dtype), want, 1e-6 * np.abs(want)
+    )
     (got,) = harness.gradients("softmax_cross_entropy", z, labels, cotangent=ct, dtype=dtype)
     want = oracle.softmax_cross_entropy(z, labels, cotangent=ct).logits
     allowed = 1e-14 * np.abs(want) if dtype == "float64" else harness.spacing(want, dtype)
@@ -102,7 +105,9 @@ def test_rows_are_poisoned_alone_in(dtype):
 @pytest.mark.parametrize("hide", ["where", "weights", "ignore_index", "class_weights"])
 def test_masked_means_gone(hide, classes):
     z, labels, outcome = hostile(classes)
-    bad = (outcome != "exact") | (np.abs(np.where(np.isfinite(z), z, 0)).max(-1) > 1e20)  # these overflow a sum
+    bad = (outcome != "exact") | (
+        np.abs(np.where(np.isfinite(z), z, 0)).max(-1) > 1e20
+    )  # these overflow a sum
     options = {}
     if hide == "where":
         options["where"] = ~bad
@@ -144,7 +149,9 @@ def test_poison_reaches_the_mean_but_not_other_rows():
     assert np.isnan(harness.value("softmax_cross_entropy", z, labels, reduction="mean"))
     (got,) = harness.gradients("softmax_cross_entropy", z, labels, cotangent=np.float64(1), reduction="mean")
     assert np.isnan(got[1:]).all()
-    harness.assert_within(got[0], oracle.softmax_cross_entropy(z, labels, cotangent=np.ones(3)).logits[0] / 3, 1e-7)
+    harness.assert_within(
+        got[0], oracle.softmax_cross_entropy(z, labels, cotangent=np.ones(3)).logits[0] / 3, 1e-7
+    )
 
 
 # name: (distribution over 5 classes, logits, what becomes of the row)
@@ -235,7 +242,12 @@ def test_label_on_a_hidden_class(per_row):
         assert np.isnan(gradient).all(-1).tolist() == [False, True, False, True]
         assert np.isfinite(gradient[[0, 2]]).all()
     got = harness.value("softmax_cross_entropy", z, np.eye(3)[labels], class_mask=mask)
-    assert np.isfinite(got).tolist() == [True, False, True, False]  # a distribution there: no finite loss either
+    assert np.isfinite(got).tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ]  # a distribution there: no finite loss either
 
 
 def test_a_row_with_no_class_in_force():
@@ -284,7 +296,9 @@ def test_no_rows():
         for reduction in ("mean", "sum"):
             got = harness.value("softmax_cross_entropy", z, labels, reduction=reduction)
             assert got == 0 and got.dtype == np.float32
-            (g,) = harness.gradients("softmax_cross_entropy", z, labels, cotangent=np.float64(1), reduction=reduction)
+            (g,) = harness.gradients(
+                "softmax_cross_entropy", z, labels, cotangent=np.float64(1), reduction=reduction
+            )
             assert g.shape == shape
     assert harness.value("softmax_cross_entropy", np.zeros((0, 5)), np.zeros(0, np.int32)).shape == (0,)
     assert harness.value("softmax_entropy", np.zeros((0, 5)), reduction="mean") == 0
@@ -320,9 +334,13 @@ def test_labels_of_narrow_integers_with_300_classes(dtype, on_host):
 @pytest.mark.parametrize("dtype", ["uint8", "uint32"])
 def test_ignore_index_that_the_labels_dtype_cannot_hold(dtype):
     z = np.zeros((3, 4), np.float32)
-    got = jax.jit(lambda z, y: jaxent.softmax_cross_entropy(z, y, ignore_index=-100))(z, np.arange(3, dtype=dtype))
+    got = jax.jit(lambda z, y: jaxent.softmax_cross_entropy(z, y, ignore_index=-100))(
+        z, np.arange(3, dtype=dtype)
+    )
     np.testing.assert_allclose(got, np.log(4), rtol=1e-6)
-    got = jax.jit(lambda z, y: jaxent.softmax_cross_entropy(z, y, ignore_index=255))(z, np.array([0, 255, 1], dtype))
+    got = jax.jit(lambda z, y: jaxent.softmax_cross_entropy(z, y, ignore_index=255))(
+        z, np.array([0, 255, 1], dtype)
+    )
     assert got[1] == 0 and (got[::2] > 1).all()
 
 
@@ -433,7 +451,9 @@ def test_divergences_of_supports_that_differ():
     want = oracle.softmax_js_divergence(z, t)
     harness.assert_within(harness.value("softmax_js_divergence", z, t), want, 1e-6 * want)
     want = oracle.softmax_js_divergence(z, t, cotangent=np.ones(1))
-    for g, w in zip(harness.gradients("softmax_js_divergence", z, t, cotangent=np.ones(1)), want, strict=True):
+    for g, w in zip(
+        harness.gradients("softmax_js_divergence", z, t, cotangent=np.ones(1)), want, strict=True
+    ):
         harness.assert_within(g, w, 1e-6)
 
 
@@ -506,7 +526,12 @@ RAISES = {
     "axis": (ValueError, (4, 3), np.zeros(4, np.int32), {"axis": 2}),
     "no classes": (ValueError, (4, 0), np.zeros(4, np.int32), {}),
     "a scalar": (ValueError, (), np.int32(0), {}),
-    "ignore_index with a distribution": (ValueError, (4, 3), np.ones((4, 3), np.float32), {"ignore_index": 0}),
+    "ignore_index with a distribution": (
+        ValueError,
+        (4, 3),
+        np.ones((4, 3), np.float32),
+        {"ignore_index": 0},
+    ),
 }
 
 

@@ -1,13 +1,14 @@
 """Gradients against the oracle: uneven cotangents, labels, confident rows, dtypes."""
 
-import cases
-import harness
 import jax
 import jax.numpy as jnp
-import jaxent
 import numpy as np
-import oracle
 import pytest
+
+import cases
+import harness
+import jaxent
+import oracle
 from test_values import LOSSES, MEASURES, TINY
 
 FLUSHED = 4 * TINY  # a gradient below TINY, times its cotangent
@@ -97,11 +98,15 @@ def test_statistics(dtype):
         z, y = harness.cast(built.logits, dtype), jnp.asarray(built.labels)
         ct = harness.cotangent_of((4, 12))
         pull = jax.jit(lambda z, y, ct: jax.vjp(lambda z: f(z, y), z)[1](ct)[0])
-        pulled = {name: np.where(np.arange(4)[:, None] == i, ct, 0) for i, name in enumerate(names)} | {"all": ct}
+        pulled = {name: np.where(np.arange(4)[:, None] == i, ct, 0) for i, name in enumerate(names)} | {
+            "all": ct
+        }
         for name, c in pulled.items():
             got = np.asarray(pull(z, y, harness.cast(c, dtype)))
             cotangents = dict(zip(names, c, strict=True))
-            want = oracle.softmax_statistics(built.logits, built.labels, cotangents=cotangents, **built.options)
+            want = oracle.softmax_statistics(
+                built.logits, built.labels, cotangents=cotangents, **built.options
+            )
             rtol = 1e-14 if dtype == "float64" else 2e-6
             harness.assert_within(got, want, rtol * row_size(want, -1), name)
 

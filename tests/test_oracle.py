@@ -2,8 +2,9 @@
 
 import mpmath as mp
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 
 mp.mp.dps = 80
 ORDINARY = [0.3, -1.7, 2.4, 0.0, 1.1]

@@ -1,13 +1,14 @@
 """Values against the oracle, with the tolerances that the documentation promises."""
 
-import cases
-import harness
 import jax
 import jax.numpy as jnp
-import jaxent
 import numpy as np
-import oracle
 import pytest
+
+import cases
+import harness
+import jaxent
+import oracle
 
 TINY = float(np.finfo(np.float32).tiny)  # XLA on CPU may flush what is below to 0
 LOSSES = {
@@ -148,7 +149,10 @@ def test_rank_counts_strictly_larger_logits():
     assert got["rank"].tolist() == [3, 0, 0, 2]
 
 
-MEASURES = {"softmax_kl_divergence": oracle.softmax_kl_divergence, "softmax_js_divergence": oracle.softmax_js_divergence}
+MEASURES = {
+    "softmax_kl_divergence": oracle.softmax_kl_divergence,
+    "softmax_js_divergence": oracle.softmax_js_divergence,
+}
 STEPS = (1e-4, 1e-2, 0.3, 1.0, 20.0)
 
 
@@ -180,8 +184,12 @@ def test_divergences_of_many_classes(name):
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_divergences_of_confident_rows(name):
-    z = np.array([[14.0, 0.5, -1.0, 0.0], [45.0, 1.0, -1.0, 0.0], [30.0, 0.0, 0.0, 0.0], [0.0, 60.0, 0.0, 1.0]])
-    t = np.array([[14.0, -1.0, 0.25, 0.0], [42.0, -1.0, 0.5, 2.0], [0.0, 30.0, 0.0, 0.0], [60.0, 0.0, 0.0, 1.0]])
+    z = np.array(
+        [[14.0, 0.5, -1.0, 0.0], [45.0, 1.0, -1.0, 0.0], [30.0, 0.0, 0.0, 0.0], [0.0, 60.0, 0.0, 1.0]]
+    )
+    t = np.array(
+        [[14.0, -1.0, 0.25, 0.0], [42.0, -1.0, 0.5, 2.0], [0.0, 30.0, 0.0, 0.0], [60.0, 0.0, 0.0, 1.0]]
+    )
     want = MEASURES[name](z, t)
     harness.assert_within(harness.value(name, z, t), want, 1e-5 * want)
 
@@ -217,7 +225,9 @@ def test_entropy(dtype):
 
 
 def test_softmax_loss_with_a_users_function():
-    built = cases.Case("users", (6, 4), 40, masks=("where", "weights", "ignore_index", "class_mask")).build("float32")
+    built = cases.Case("users", (6, 4), 40, masks=("where", "weights", "ignore_index", "class_mask")).build(
+        "float32"
+    )
     advantage = harness.cotangent_of((6, 4))
     s = oracle.softmax_statistics(
         built.logits, np.where(built.labels < 0, 0, built.labels), class_mask=built.options["class_mask"]

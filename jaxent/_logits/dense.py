@@ -65,9 +65,7 @@ def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tu
     logits = of_counting_rows(logits_gradient(block, whole, entropy, g), block.logits)
     distribution = None
     if block.distribution is not None:
-        has_q = any(name in g for name in ("log_prob", "weighted_log_prob"))
-        q_bar = distribution_gradient(block, whole, g) if has_q else jnp.zeros_like(block.distribution)
-        distribution = of_counting_rows(q_bar, block.distribution)
+        distribution = of_counting_rows(distribution_gradient(block, whole, g), block.distribution)
     weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
     return Block(logits, None, distribution, weights, None), None
 
