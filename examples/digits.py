@@ -39,7 +39,7 @@ QUESTIONS = {  # multilabel: each output answers its own question about the digi
     "straight strokes": {1, 4, 7},
 }
 OUTPUTS = {"ten": 10, "parity-sigmoid": 1, "parity-softmax": 1, "multilabel": len(QUESTIONS)}
-HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, EVERY = 192, 128, 3e-3, 1e-2, 20
+HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, EVERY = 256, 128, 5e-3, 0.1, 20
 
 
 # ---------------------------------------------------------------------------------------------- the data

@@ -100,7 +100,7 @@ def prepare(
         labels = contracts.check_host_labels(function, labels, classes, where, ignore_index)
         if ignore_index is not None:
             counts = both(counts, labels != ignore_index)
-        ok: Array = (labels >= 0) & (labels < classes)
+        ok = jnp.logical_and(labels >= 0, labels < classes)
         label = jnp.where(ok, labels, 0).astype(jnp.int32)
         if class_mask is not None:
             ok &= _in_force(class_mask, label)

@@ -153,7 +153,7 @@ MEASURES = {
     "softmax_kl_divergence": oracle.softmax_kl_divergence,
     "softmax_js_divergence": oracle.softmax_js_divergence,
 }
-STEPS = (1e-4, 1e-2, 0.3, 1.0, 20.0)
+STEPS = (1e-4, 1e-2, 0.3, 1.0, 4.0, 8.0, 20.0)
 
 
 def divergence_tolerance(want, dtype):
@@ -173,6 +173,16 @@ def test_divergences(name, dtype):
     got = harness.value(name, z, t, dtype=dtype, temperature=2.0)
     assert (got >= 0).all()
     harness.assert_within(got, want, divergence_tolerance(want, dtype))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_divergences_of_a_flat_and_a_sharp_distribution(name):
+    """The ratio of the normalizers is nearly all of log(q / p) here."""
+    z = np.random.default_rng(0).normal(size=(40, 11)) * np.repeat([3.0, 5, 10, 20], 10)[:, None]
+    z = z.astype(np.float32).astype(np.float64)
+    for inputs in ((z, z * 0), (z * 0, z), (z, -z)):
+        want = MEASURES[name](*inputs)
+        harness.assert_within(harness.value(name, *inputs), want, 3e-6 * want)
 
 
 @pytest.mark.parametrize("name", MEASURES)
