@@ -80,10 +80,9 @@ def prepare(
     has_index = labels is not None and contracts.check_labels(function, labels, logits, axis)
     if ignore_index is not None:
         remedy = "It hides rows by their label; hide rows of a distribution with `where=`."
-        ok = has_index and isinstance(ignore_index, int | np.integer)
-        contracts.check_option(
-            function, "ignore_index", ignore_index, ok, "an int beside integer labels", remedy
-        )
+        usable = has_index and isinstance(ignore_index, int | np.integer)
+        expected = "an int beside integer labels"
+        contracts.check_option(function, "ignore_index", ignore_index, usable, expected, remedy)
     counts, weights = row_weights(function, rows, where, weights)
     what = "one per class"
     if class_weights is not None:

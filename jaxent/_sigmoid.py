@@ -51,8 +51,8 @@ def sigmoid_cross_entropy(
     Gradients:
       (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, pos_weight and
       weights are differentiable as well (for labels it is -(1 - a) z without a pos_weight). Forward mode and
-      second derivatives work. Where the loss takes 0 * inf as 0, at infinite logits, so does the gradient with
-      respect to labels.
+      second derivatives work. Where the loss takes 0 * inf as 0, at infinite logits, so does the gradient of
+      the labels.
 
     Numerics:
       Computed in float32 at least. Loss within 4 ulp, gradient within 2e-6 relative to its two terms, also at

@@ -421,7 +421,8 @@ ERRORS = [
     (lambda f: f(Z, [0, 1]), TypeError,
      "jaxent.{f}: `labels` must be an array, but is a list. Pass `jnp.asarray(...)`."),
     (lambda f: f(Z, Y.astype(np.complex64)), TypeError,
-     "jaxent.{f}: `labels` must be bool, integer or floating point, but is complex64[4, 3]. 1 is yes, 0 is no."),
+     "jaxent.{f}: `labels` must be bool, integer or floating point, but is complex64[4, 3]. "
+     "1 is yes, 0 is no."),
     (lambda f: f(jnp.zeros(3, int), np.zeros(3)), TypeError,
      "jaxent.{f}: `logits` must be a floating point array, but is int32[3]. "
      "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."),
