@@ -10,7 +10,7 @@ from jax import Array
 
 from . import _contracts as contracts
 from ._derivatives import with_forward_mode
-from ._numerics import accumulation_dtype, exp_difference, product_or_zero
+from ._numerics import accumulation_dtype, exp_difference, lowest, product_or_zero
 from ._objective import check_class_mask, objective
 from ._reduction import reduce, row_weights
 from ._statistics import max_and_rest
@@ -295,19 +295,25 @@ def _log_ratio(
     on = on_p & on_q
     far_d = jnp.where(on, jnp.where(on, log_q, 0) - jnp.where(on, log_p, 0), 0)
     far_d = jnp.where(on_p == on_q, far_d, jnp.where(on_q, jnp.inf, -jnp.inf))
+
     u = (jnp.where(on, z_q, 0) - jnp.where(on, z_p, 0)) / temperature
     u = jnp.where(on, u - jnp.sum(q * u, -1, keepdims=True), 0)
     near = jnp.all((on_p == on_q) & (jnp.abs(u) < 30), -1, keepdims=True)
     u = jnp.where(near, u, 0)
-    near_d = jnp.where(on, u - jnp.log1p(jnp.sum(p * jnp.expm1(u), -1, keepdims=True)), 0)
-    return p, q, jnp.where(near, near_d, far_d)
+    ratio = jnp.sum(p * jnp.expm1(u), -1, keepdims=True)  # of the normalizers, less 1: exp(-KL) - 1
+    near &= ratio > -0.5
+    near_d = jnp.where(on, u - jnp.log1p(jnp.where(near, ratio, 0)), 0)
+
+    row = p[..., :1] + q[..., :1]  # NaN where either has no answer
+    return p, q, jnp.where(jnp.isnan(row), row, jnp.where(near, near_d, far_d))
 
 
 def _softmax(z: Array) -> tuple[Array, Array]:
     """p and log p; NaN rows where there is no finite maximum."""
     m, r = max_and_rest(z)
     m, r = jnp.where(jnp.isfinite(m), m, jnp.nan)[..., None], r[..., None]
-    return exp_difference(z, m) / (1 + r), (z - m) - jnp.log1p(r)
+    log_p = jnp.maximum(z - m, lowest(z.dtype) / 4) - jnp.log1p(r)  # finite where z is
+    return exp_difference(z, m) / (1 + r), log_p
 
 
 def _kl(p: Array, q: Array, d: Array) -> Array:

@@ -312,9 +312,10 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
 
 
 def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
-    """d/dq_j of a label distribution q: log p_j and w_j log p_j; -inf where a class has no probability."""
+    """d/dq_j of a label distribution q: log p_j and w_j log p_j; -inf where a class has no probability, 0 where it is hidden."""
     log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
     w = jnp.ones((), log_p.dtype) if block.class_weights is None else block.class_weights
     scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": w}
     terms = [g[name][..., None] * scale * log_p for name, scale in scales.items() if name in g]
-    return sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p)
+    gradient = sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p)
+    return gradient if block.class_mask is None else jnp.where(block.class_mask, gradient, 0)

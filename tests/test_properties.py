@@ -1,6 +1,7 @@
 """Identities that hold for any logits, on inputs that hypothesis picks; shapes are few, so little is compiled."""
 
 import functools
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,7 +17,7 @@ from jaxent._statistics import Block, finish, logits_gradient, merge, partial_st
 
 N, V = 6, 11
 EPS = float(np.finfo(np.float32).eps)
-given = functools.partial(hypothesis.given)
+given = hypothesis.given
 settings = hypothesis.settings(deadline=None, derandomize=True, max_examples=30, database=None)
 
 seeds = st.integers(0, 2**32 - 1)
@@ -41,7 +42,7 @@ def assert_close(a, b, ulp=8):
 @settings
 @given(seeds, scales, st.integers(-20_000, 20_000))
 def test_a_shift_of_all_logits_changes_nothing(seed, scale, shift):
-    z, labels, q, _ = draw(seed, scale)
+    z, labels, _, _ = draw(seed, scale)
     z = np.round(z * 256) / 256 if scale < 100 else np.round(z)  # so that the shift is exact
     assert_close(ce(z + shift, labels), ce(z, labels))
     (moved,), (still,) = (grad(x, labels, cotangent=np.ones(N)) for x in (z + shift, z))
@@ -170,7 +171,8 @@ def merged(z, target, assignment, ct, order):
         inside = assignment == k
         if target.ndim == 1:
             hit = jnp.any((jnp.arange(V) == target[:, None]) & inside, -1)
-            blocks.append(Block(z, jnp.where(hit, target, V + 1), None, None, inside))  # V + 1: not in this one
+            label = jnp.where(hit, target, V + 1)  # V + 1: in another block
+            blocks.append(Block(z, label, None, None, inside))
         else:
             blocks.append(Block(z, None, jnp.where(inside, target, 0), None, inside))
     parts = [partial_statistics(NAMES, block) for block in blocks]
@@ -181,7 +183,8 @@ def merged(z, target, assignment, ct, order):
     found = finish(NAMES, whole, blocks[0])
     g = dict(zip(NAMES, ct, strict=True))
     gradient = sum(
-        jnp.where(assignment == k, logits_gradient(blocks[k], whole, found["entropy"], g), 0) for k in range(3)
+        jnp.where(assignment == k, logits_gradient(blocks[k], whole, found["entropy"], g), 0)
+        for k in range(3)
     )
     return found, gradient
 
@@ -217,7 +220,7 @@ def test_labels_count_from_a_blocks_first_class():
     for cuts in ([0, 4, V], [0, 1, 2, V], [0, V - 1, V]):
         parts = [
             partial_statistics(NAMES, Block(z32[:, a:b], jnp.asarray(labels - a)))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         ]
         found = finish(NAMES, functools.reduce(merge, parts), Block(z32, jnp.asarray(labels)))
         want = oracle.softmax_statistics(z, labels)
