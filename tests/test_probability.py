@@ -57,28 +57,40 @@ def check(found, want, cotangent, dtype, wide, terms, sizes=None):
 
 def check_all(dtype, wide):
     p, q, index, y = inputs(dtype)
-    g = cotangent_of((N,))
+    g, each = cotangent_of((N,)), cotangent_of((N, V))
     with np.errstate(divide="ignore"):
         log_p = np.log(p.astype(np.float64)).astype(dtype)
 
-    found = value_and_gradients(lambda p: categorical_cross_entropy(p, index), g, p)
-    check(found, oracle.categorical_cross_entropy(p, oracle.one_hot(index, V)), g, dtype, wide, 4)
-    found = value_and_gradients(lambda p: categorical_cross_entropy(p, q), g, p)
-    check(found, oracle.categorical_cross_entropy(p, q), g, dtype, wide, 16)
-    found = value_and_gradients(lambda x: nll_loss(x, index), g, log_p)
-    check(found, oracle.nll_loss(log_p, oracle.one_hot(index, V)), g, dtype, wide, 4)
-    for labels, distribution in ((index, oracle.one_hot(index, V)), (q, q)):
-        found = value_and_gradients(lambda x, k=labels: nll_loss(x, k, class_weights=CLASS_WEIGHTS), g, log_p)
-        check(found, oracle.nll_loss(log_p, distribution, CLASS_WEIGHTS), g, dtype, wide, 16)
-    found = value_and_gradients(lambda x: kl_divergence(x, q), g, log_p)
-    check(found, oracle.kl_divergence(log_p, q), g, dtype, wide, 16)
-    g = cotangent_of((N, V))
-    found = value_and_gradients(binary_cross_entropy, g, p, y)
-    # its gradients are differences of two terms
+    @jax.jit
+    def everything(p, log_p, y):
+        weighted = functools.partial(nll_loss, class_weights=CLASS_WEIGHTS)
+        return [
+            value_and_gradients(lambda p: categorical_cross_entropy(p, index), g, p),
+            value_and_gradients(lambda p: categorical_cross_entropy(p, q), g, p),
+            value_and_gradients(lambda x: nll_loss(x, index), g, log_p),
+            value_and_gradients(lambda x: weighted(x, index), g, log_p),
+            value_and_gradients(lambda x: weighted(x, q), g, log_p),
+            value_and_gradients(lambda x: kl_divergence(x, q), g, log_p),
+            value_and_gradients(binary_cross_entropy, each, p, y),
+        ]
+
+    one_hot = oracle.one_hot(index, V)
+    wanted = [
+        oracle.categorical_cross_entropy(p, one_hot),
+        oracle.categorical_cross_entropy(p, q),
+        oracle.nll_loss(log_p, one_hot),
+        oracle.nll_loss(log_p, one_hot, CLASS_WEIGHTS),
+        oracle.nll_loss(log_p, q, CLASS_WEIGHTS),
+        oracle.kl_divergence(log_p, q),
+    ]
+    *rows, elements = everything(p, log_p, y)
+    for found, want, roundings in zip(rows, wanted, (4, 16, 4, 16, 16, 16), strict=True):
+        check(found, want, g, dtype, wide, roundings)
+    want = oracle.binary_cross_entropy(p, y)
     p, y = p.astype(float), y.astype(float)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # its gradients are differences of two terms
         sizes = (y / p + (1 - y) / (1 - p), -np.log(p) - np.log1p(-p))
-    check(found, oracle.binary_cross_entropy(p, y), g, dtype, wide, 16, sizes)
+    check(elements, want, each, dtype, wide, 16, sizes)
 
 
 @dtypes

@@ -106,11 +106,11 @@ def _select_label(z: Array, block: Block) -> Array:
 
 @functools.cache
 def _group_size(classes: int) -> int | None:
-    """The divisor of `classes` nearest to 2 sqrt(classes); None where groups do not pay."""
+    """The divisor of `classes` nearest to sqrt(classes); None where groups do not pay."""
     if classes < 256:
         return None
     divisors = [d for d in range(16, classes // 8 + 1) if classes % d == 0]
-    best = min(divisors, key=lambda d: abs(math.log(d / (2 * math.sqrt(classes)))), default=None)
+    best = min(divisors, key=lambda d: abs(math.log(d * d / classes)), default=None)
     return best
 
 
