@@ -281,17 +281,18 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
     z = block.wide_logits()
     m, r = whole.max[..., None], whole.rest[..., None]
     e = exp_difference(z, m)
-    p = e / (1 + r)
+    share = 1 / (1 + r)  # p = share e: what can be done per row is not done per class
     g = {name: x[..., None] for name, x in g.items()}
     terms = []
     if "log_normalizer" in g:
-        terms.append(g["log_normalizer"] * p)
+        terms.append((g["log_normalizer"] * share) * e)
     if "mean_log_prob" in g:
         per_class = g["mean_log_prob"] / whole.classes[..., None]
-        terms.append(per_class * (block.uniform(z.dtype) - whole.uniform.mass[..., None] * p))
+        terms.append(per_class * block.uniform(z.dtype))
+        terms.append(-(per_class * whole.uniform.mass[..., None] * share) * e)
     if "entropy" in g:
         log_p = (z - m) - jnp.log1p(r)
-        terms.append(-g["entropy"] * product_or_zero(p, log_p + entropy[..., None]))
+        terms.append(-(g["entropy"] * share) * product_or_zero(e, log_p + entropy[..., None]))
     for name, moments in (("log_prob", whole.distribution), ("weighted_log_prob", whole.weighted)):
         if name not in g:
             continue
@@ -300,14 +301,13 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
             scale = g[name]
             if weighted:
                 scale = scale * take_class(block.class_weights, block.label)[..., None]
-            e_y = exp_difference(whole.label_logit, whole.max)
-            not_p_y = ((1 - e_y) + whole.rest) / (1 + whole.rest)
-            terms.append(jnp.where(block.hit(), scale * not_p_y[..., None], -scale * p))
+            e_y = exp_difference(whole.label_logit, whole.max)[..., None]
+            terms.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
         else:
             t = block.weighted_distribution() if weighted else block.distribution
             mass = moments.mass[..., None]
-            not_p = ((1 - e) + r) / (1 + r)
-            terms.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * p))
+            not_p = ((1 - e) + r) * share
+            terms.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * share * e))
     return sum(terms[1:], start=terms[0])
 
 

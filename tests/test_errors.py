@@ -149,7 +149,9 @@ ERRORS = {
     ),
     "float where": (ALL, {"where": np.ones(N, F32)}, TypeError, f"`where` {BOOL} float32[4]. {NOT_BOOL}"),
     "integer where": (ALL, {"where": np.ones(N, I32)}, TypeError, f"`where` {BOOL} int32[4]. {NOT_BOOL}"),
-    "float class_mask": (ALL, {"class_mask": np.ones(V, F32)}, TypeError, f"`class_mask` {BOOL} float32[3]. {NOT_BOOL}"),
+    "float class_mask": (
+        ALL, {"class_mask": np.ones(V, F32)}, TypeError, f"`class_mask` {BOOL} float32[3]. {NOT_BOOL}",
+    ),
     "complex weights": (
         REDUCED, {"weights": np.ones(N, np.complex64)}, TypeError,
         "`weights` must be real, but is complex64[4]. Pass real numbers.",
@@ -352,8 +354,10 @@ def test_host_labels_beside_a_traced_mask(name):
     assert np.isnan(got).tolist() == [False, True, False, True] and got[2] == 0
 
 
-CHECKED = "jaxent.{f}: `labels` must be in [0, 3) and name a class in force, but row {row} (counted over the flattened \
+CHECKED = (
+    "jaxent.{f}: `labels` must be in [0, 3) and name a class in force, but row {row} (counted over the flattened \
 rows) has label {label}. Labels count from 0; hide a row with `where=` or `ignore_index=`."
+)
 
 
 def scan_over(f):

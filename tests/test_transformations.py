@@ -1,6 +1,7 @@
 """Every transformation of jax on every softmax function: the same as of plain jax.numpy in float64."""
 
 import functools
+import importlib.util
 
 import chex
 import jax
@@ -11,7 +12,6 @@ import pytest
 from absl.testing import parameterized
 from jax import lax
 
-import forms
 import harness
 import jaxent
 from forms import COTANGENT, FORMS, moving, tangents, total
@@ -111,7 +111,6 @@ FACTS = {
     "hvp": lambda p: p.gradient(p.along, p.primals),
     "jacobian": lambda p: jax.jacrev(p.f)(*p.arguments),
     "hessian": lambda p: jax.hessian(p.g)(*p.primals),
-    "third": lambda p: p.gradient(lambda *x: sum(map(jnp.vdot, p.gradient(p.along, x), p.dots)), p.primals),
 }
 # name: (what jaxent is asked for, the fact that it must give)
 TRANSFORMATIONS = {
@@ -141,24 +140,12 @@ TRANSFORMATIONS = {
         "hvp",
     ),
     "reverse over forward": (lambda p: p.gradient(p.directional, p.primals), "hvp"),
-    "grad of grad of checkpoint": (
-        lambda p: p.gradient(
-            lambda *x: sum(map(jnp.vdot, p.gradient(jax.checkpoint(p.g), x), p.dots)), p.primals
-        ),
-        "hvp",
-    ),
 }
 # [N, N, V] and more: for few classes
 JACOBIANS = {
     "jacrev": (lambda p: jax.jacrev(p.f)(*p.arguments), "jacobian"),
     "jacfwd": (lambda p: jax.jacfwd(p.f)(*p.arguments), "jacobian"),
     "hessian": (lambda p: jax.hessian(p.g)(*p.primals), "hessian"),
-}
-THIRD = {
-    "forward over reverse over forward": (
-        lambda p: jax.jvp(lambda *x: p.gradient(p.directional, x), p.primals, p.dots)[1],
-        "third",
-    )
 }
 
 
@@ -196,3 +183,106 @@ def assert_same(got, want, rtol):
 @all_forms
 def test_few_classes(name):
     assert_same(*both(FORMS[name], SMALL, jnp.float64, TRANSFORMATIONS | JACOBIANS), 1e-11)
+
+
+SOME = ("jit", "vmap", "vmap of grad", "scan", "grad", "grad of checkpoint", "jvp", "forward over reverse")
+MANY = ("cross_entropy", "cross_entropy, options", "softmax_loss", "statistics")
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_sums_in_groups(name):
+    form = FORMS[name]
+    if jax.device_count() == 1:
+        assert "platform_index" in str(jax.make_jaxpr(form.rows)(*form.arguments(GROUPED)))
+    assert_same(*both(form, GROUPED, jnp.float32, {k: TRANSFORMATIONS[k] for k in SOME}), 3e-6)
+
+
+@pytest.mark.parametrize("classes", [SMALL, GROUPED])
+def test_second_derivatives_of_confident_rows(classes):
+    """p_y (1 - p_y) of a row whose loss is 1e-20 is not 0, and has all its digits."""
+    gap = np.float32([5, 15, 45])
+    z = np.zeros((3, classes), np.float32)
+    z[:, 2] = gap
+    label = jnp.full(3, 2)
+    dot = jnp.zeros_like(z).at[:, 2].set(1)
+    grad = jax.grad(lambda z: jaxent.softmax_cross_entropy(z, label, reduction="sum"))
+    got = jax.jit(lambda z: jax.jvp(grad, (z,), (dot,))[1])(jnp.asarray(z))
+    rest = (classes - 1) * np.exp(-gap.astype(np.float64))
+    np.testing.assert_allclose(got[:, 2], rest / (1 + rest) ** 2, rtol=2e-6)
+    off = -np.exp(-gap.astype(np.float64)) / (1 + rest) ** 2
+    np.testing.assert_allclose(got[:, 3], off, rtol=2e-6)
+
+
+def value_and_gradient(form):
+    return jax.value_and_grad(lambda z, *rest: total(form.rows)(z, *rest))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy, distribution", "softmax_loss", "kl"])
+def test_donated_logits(name):
+    form = FORMS[name]
+    arguments = form.arguments(300)
+    want = jax.jit(value_and_gradient(form))(*arguments)
+    donated = [jnp.copy(arguments[0]), *arguments[1:]]
+    got = jax.jit(value_and_gradient(form), donate_argnums=0)(*donated)
+    assert donated[0].is_deleted()
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
+
+
+def read_again(exported):
+    """Through bytes, where the package that makes them is there."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        return exported
+    return jax.export.deserialize(exported.serialize(vjp_order=1))
+
+
+@all_forms
+def test_export_with_any_number_of_rows(name):
+    """Called with two batch sizes, and differentiated."""
+    form = FORMS[name]
+    n = jax.export.symbolic_shape("n")
+
+    def abstract(x, axis):
+        return jax.ShapeDtypeStruct(x.shape if axis is None else (*n, *x.shape[1:]), x.dtype)
+
+    arguments = form.arguments(SMALL)
+    shapes = [abstract(x, axis) for x, axis in zip(arguments, form.in_axes(), strict=True)]
+    exported = jax.export.export(jax.jit(form.rows), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    read = read_again(exported)
+    fewer = [x if axis is None else x[:5] for x, axis in zip(arguments, form.in_axes(), strict=True)]
+    for some in (arguments, fewer):
+        np.testing.assert_allclose(read.call(*some), form.rows(*some), rtol=1e-6, atol=1e-7)
+    got = jax.grad(lambda z: read.call(z, *fewer[1:]).sum())(fewer[0])
+    want = jax.grad(lambda z: form.rows(z, *fewer[1:]).sum())(fewer[0])
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_export_of_sums_in_groups():
+    """A program for several platforms holds the way of each."""
+    form = FORMS["cross_entropy"]
+    arguments = form.arguments(GROUPED)
+    f = jax.jit(value_and_gradient(form))
+    exported = jax.export.export(f, platforms=("cpu", "cuda", "tpu"))(*arguments)
+    read = read_again(exported)
+    for g, w in zip(read.call(*arguments), f(*arguments), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowering_for_other_platforms(platform):
+    for form in FORMS.values():
+        traced = jax.jit(value_and_gradient(form)).trace(*form.arguments(GROUPED))
+        assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+class Variants(chex.TestCase):
+    """With and without jit, from host or device arrays."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @parameterized.parameters("cross_entropy, options", "softmax_loss", "statistics", "js")
+    def test_rows(self, name):
+        form = FORMS[name]
+        arguments = [np.asarray(x) for x in form.arguments(SMALL)]
+        got = self.variant(form.rows)(*arguments)
+        want = form.plain(*map(jnp.asarray, arguments))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -91,7 +91,7 @@ def _max_and_rest(z: Array) -> tuple[Array, Array]:
 
 
 def _select_label(z: Array, block: Block) -> Array:
-    if _group_size(z.shape[-1]) is None or jax.device_count() > 1:
+    if jax.device_count() > 1:
         return select_label(z, block)
 
     def gather(z: Array, label: Array) -> Array:
@@ -115,19 +115,20 @@ def _group_size(classes: int) -> int | None:
 
 
 def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
-    """m and r of `[..., V]` as the merge of groups of `size` classes.
+    """m and r of `[..., V]`, the group of the maximum apart from all the other groups of `size` classes.
 
-    With M_g the maximum of group g, T_g = sum_j exp(z_j - M_g) and T = sum_g T_g exp(M_g - m). The differences
-    within a group are small, so their rounding is harmless; those between groups are compensated.
+    With m' the maximum of the others, their sum is exp(m' - m) sum_j exp(z_j - m'). The terms that matter have a
+    small z_j - m', whose rounding is harmless, and m' - m is compensated.
     """
     groups = z.reshape(*z.shape[:-1], -1, size)
     tops = jnp.max(groups, -1)  # [..., G]
     g = jnp.argmax(tops, -1)[..., None]
     m = jnp.take_along_axis(tops, g, -1)  # the maximum of maxima XLA would take from the logits once more
-    tops = jnp.maximum(tops, lowest(z.dtype))  # -inf would make a group without a class in force NaN
-    totals = jnp.sum(jnp.exp(groups - tops[..., None]), -1) * exp_difference(tops, m)
-    others = jnp.sum(jnp.where(jnp.arange(tops.shape[-1]) == g, 0, totals), -1)
-    own = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]  # the group of the maximum
+    other = jnp.arange(tops.shape[-1]) != g
+    m_other = jnp.max(jnp.where(other, tops, lowest(z.dtype)), -1, keepdims=True)
+    sums = jnp.sum(jnp.exp(groups - m_other[..., None]), -1)  # of the group of m it may be inf
+    others = jnp.sum(jnp.where(other, sums, 0), -1) * exp_difference(m_other, m)[..., 0]
+    own = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]
     top = own == m
     rest = jnp.where(top, 0, exp_difference(own, m))
     # one reduction of two sums: unlike two reductions it reads `own` as it is made, and no N x size array is
