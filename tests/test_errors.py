@@ -438,3 +438,4 @@ def test_chexify(transform):
     with pytest.raises(checkify.JaxRuntimeError) as e:
         f(z, bad)
     assert CHECKED.format(f="softmax_cross_entropy", row=2, label=3) in str(e.value)
+    chex.block_until_chexify_assertions_complete()

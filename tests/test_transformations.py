@@ -236,7 +236,7 @@ def read_again(exported):
     return jax.export.deserialize(exported.serialize(vjp_order=1))
 
 
-@all_forms
+@pytest.mark.parametrize("name", ["cross_entropy, options", "softmax_loss", "js"])
 def test_export_with_any_number_of_rows(name):
     """Called with two batch sizes, and differentiated."""
     form = FORMS[name]
@@ -247,7 +247,7 @@ def test_export_with_any_number_of_rows(name):
 
     arguments = form.arguments(SMALL)
     shapes = [abstract(x, axis) for x, axis in zip(arguments, form.in_axes(), strict=True)]
-    exported = jax.export.export(jax.jit(form.rows), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    exported = jax.export.export(jax.jit(form.rows), platforms=("cpu", "tpu"))(*shapes)
     read = read_again(exported)
     fewer = [x if axis is None else x[:5] for x, axis in zip(arguments, form.in_axes(), strict=True)]
     for some in (arguments, fewer):

@@ -76,18 +76,16 @@ _real_statistics = with_forward_mode(_rule)
 
 
 # On one CPU, XLA hands a reduction to its fast library only where everything in it is plain float arithmetic: a
-# select or comparison in front makes it write out an N x V array, at several times the time. So there m and r
-# come from sums over groups of classes, and only the group that holds the maximum is looked at lane by lane.
-# Elsewhere one fused pass is best, and a group or gather along a class axis that is split would move the logits.
+# select or comparison in front makes it write out an N x V array. So there m and r come from sums over groups of
+# classes, and only the group that holds the maximum is looked at lane by lane. Elsewhere one fused pass is best, and
+# a group or gather along a class axis that is split would move the logits.
 
 
 @detached_max
 def _max_and_rest(z: Array) -> tuple[Array, Array]:
-    size = _group_size(z.shape[-1])
-    if size is None or jax.device_count() > 1:
+    if jax.device_count() > 1:
         return max_and_rest(z)
-    grouped = functools.partial(_max_and_rest_by_groups, size)
-    return lax.platform_dependent(z, cpu=grouped, default=max_and_rest)
+    return lax.platform_dependent(z, cpu=_max_and_rest_on_cpu, default=max_and_rest)
 
 
 def _select_label(z: Array, block: Block) -> Array:
@@ -104,14 +102,21 @@ def _select_label(z: Array, block: Block) -> Array:
     return lax.platform_dependent(z, block.label, cpu=gather, default=select)
 
 
+def _max_and_rest_on_cpu(z: Array) -> tuple[Array, Array]:
+    size = _group_size(z.shape[-1])
+    if size is not None:
+        return _max_and_rest_by_groups(size, z)
+    m = jnp.max(z, -1)
+    return m, jnp.where(m == -jnp.inf, -1, _rest(z, m[..., None]))
+
+
 @functools.cache
 def _group_size(classes: int) -> int | None:
-    """The divisor of `classes` nearest to sqrt(classes); None where groups do not pay."""
+    """The divisor of `classes` nearest to sqrt(classes); None where there is none, or too few classes."""
     if classes < 256:
         return None
     divisors = [d for d in range(16, classes // 8 + 1) if classes % d == 0]
-    best = min(divisors, key=lambda d: abs(math.log(d * d / classes)), default=None)
-    return best
+    return min(divisors, key=lambda d: abs(math.log(d * d / classes)), default=None)
 
 
 def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
@@ -129,11 +134,20 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     sums = jnp.sum(jnp.exp(groups - m_other[..., None]), -1)  # of the group of m it may be inf
     others = jnp.sum(jnp.where(other, sums, 0), -1) * exp_difference(m_other, m)[..., 0]
     own = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]
-    top = own == m
-    rest = jnp.where(top, 0, exp_difference(own, m))
-    # one reduction of two sums: unlike two reductions it reads `own` as it is made, and no N x size array is
+    return m[..., 0], others + _rest(own, m)
+
+
+def _rest(z: Array, m: Array) -> Array:
+    """sum_j exp(z_j - m) - 1 as one reduction of two sums, which reads z as it is made: no temporary.
+
+    Two reductions that share the comparison with m would have it written out.
+    """
+    top = z == m
     zero = jnp.zeros((), z.dtype)
     rest, ties = lax.reduce(
-        (rest, top.astype(z.dtype)), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (z.ndim - 1,)
+        (jnp.where(top, 0, exp_difference(z, m)), top.astype(z.dtype)),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        (z.ndim - 1,),
     )
-    return m[..., 0], others + rest + (ties - 1)
+    return rest + (ties - 1)
