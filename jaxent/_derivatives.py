@@ -41,6 +41,12 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
             (out_dot,) = jax.linear_transpose(vjp, out)((dots,))
             return out_dot
 
-        return out, tangent(vjp, [dots[i] for i in moving])
+        return out, tangent(vjp, [_varying_like(leaves[i], dots[i]) for i in moving])
 
     return function
+
+
+def _varying_like(x: Any, dot: Any) -> Any:
+    """`dot`, which may be the same on all devices of a shard_map, as varying over the devices as `x`."""
+    axes = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(dot).manual_axis_type.varying)
+    return jax.lax.pcast(dot, axes, to="varying") if axes else dot

@@ -83,6 +83,7 @@ def softmax_cross_entropy(
     """
     function = "softmax_cross_entropy"
     terms = _Terms(function, label_smoothing, z_loss)
+    contracts.check_array(function, "labels", labels)
     return objective(
         function,
         terms.cross_entropy_and_z_loss,
@@ -167,6 +168,7 @@ def softmax_focal_loss(
     def focal(s: SoftmaxStatistics, label_weight: Array) -> Array:
         return _focus(s.log_prob, gamma) * terms.cross_entropy(s) + terms.z(s, label_weight)
 
+    contracts.check_array(function, "labels", labels)
     return objective(
         function,
         focal,
@@ -253,6 +255,7 @@ def softmax_poly_loss(
         first = -epsilon * label_weight * jnp.expm1(s.log_prob)
         return terms.cross_entropy(s) + first + terms.z(s, label_weight)
 
+    contracts.check_array(function, "labels", labels)
     return objective(
         function,
         poly,

@@ -131,6 +131,10 @@ ERRORS = {
         WITH_LABELS, {"labels": [0, 1, 2, 0]}, TypeError,
         "`labels` must be an array, but is a list. Pass `jnp.asarray(...)`.",
     ),
+    "no labels": (
+        LABELLED, {"labels": None}, TypeError,
+        "`labels` must be an array, but is a NoneType. Pass `jnp.asarray(...)`.",
+    ),
     "integer logits": (
         ALL, {"logits": Z.astype(I32)}, TypeError,
         f"`logits` must be a floating point array, but is int32[4, 3]. {FLOATING}",
@@ -438,4 +442,3 @@ def test_chexify(transform):
     with pytest.raises(checkify.JaxRuntimeError) as e:
         f(z, bad)
     assert CHECKED.format(f="softmax_cross_entropy", row=2, label=3) in str(e.value)
-    chex.block_until_chexify_assertions_complete()
