@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -82,8 +83,7 @@ def softmax_cross_entropy(
       torch.nn.functional.cross_entropy.
     """
     function = "softmax_cross_entropy"
-    terms = _Terms(function, label_smoothing, z_loss)
-    contracts.check_array(function, "labels", labels)
+    terms = _Terms(function, labels, label_smoothing, z_loss)
     return objective(
         function,
         terms.cross_entropy_and_z_loss,
@@ -162,13 +162,12 @@ def softmax_focal_loss(
       Lin et al. 2017, "Focal loss for dense object detection", for softmax.
     """
     function = "softmax_focal_loss"
-    terms = _Terms(function, label_smoothing, z_loss)
+    terms = _Terms(function, labels, label_smoothing, z_loss)
     contracts.check_number(function, "gamma", gamma, 0, jnp.inf, "0 is the cross-entropy; usual is 2.")
 
     def focal(s: SoftmaxStatistics, label_weight: Array) -> Array:
         return _focus(s.log_prob, gamma) * terms.cross_entropy(s) + terms.z(s, label_weight)
 
-    contracts.check_array(function, "labels", labels)
     return objective(
         function,
         focal,
@@ -247,7 +246,7 @@ def softmax_poly_loss(
       Leng et al. 2022, "PolyLoss".
     """
     function = "softmax_poly_loss"
-    terms = _Terms(function, label_smoothing, z_loss)
+    terms = _Terms(function, labels, label_smoothing, z_loss)
     remedy = "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."
     contracts.check_number(function, "epsilon", epsilon, -1, jnp.inf, remedy)
 
@@ -255,7 +254,6 @@ def softmax_poly_loss(
         first = -epsilon * label_weight * jnp.expm1(s.log_prob)
         return terms.cross_entropy(s) + first + terms.z(s, label_weight)
 
-    contracts.check_array(function, "labels", labels)
     return objective(
         function,
         poly,
@@ -413,15 +411,14 @@ def softmax_statistics(
             function, "names", names, ok, f"some of {available}", "Some need (integer) labels."
         )
     statistics = dense.statistics(wanted, block, counts)
-    return SoftmaxStatistics(
-        **{name: None if x is None else keep(counts, x) for name, x in vars(statistics).items()}
-    )
+    return jax.tree.map(lambda x: keep(counts, x), statistics)
 
 
 class _Terms:
     """The terms that softmax losses share."""
 
-    def __init__(self, function: str, label_smoothing: float, z_loss: float):
+    def __init__(self, function: str, labels: Array, label_smoothing: float, z_loss: float):
+        contracts.check_array(function, "labels", labels)
         remedy = "0 is none of it, 1 all of it; usual is 0.1."
         contracts.check_number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
         contracts.check_number(function, "z_loss", z_loss, 0, jnp.inf, "0 turns it off; usual is 1e-4.")

@@ -312,7 +312,7 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
 
 
 def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
-    """d/dq_j of a label distribution q: log p_j and w_j log p_j; -inf where a class has no probability, 0 where it is hidden."""
+    """d/dq_j of a label distribution q: log p_j and w_j log p_j; 0 for a class that is not in force."""
     log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
     w = jnp.ones((), log_p.dtype) if block.class_weights is None else block.class_weights
     scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": w}
