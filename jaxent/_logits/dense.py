@@ -138,16 +138,21 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
 
 
 def _rest(z: Array, m: Array) -> Array:
-    """sum_j exp(z_j - m) - 1 as one reduction of two sums, which reads z as it is made: no temporary.
+    """sum_j exp(z_j - m) - 1 in one reduction, which reads z as it is made: no temporary.
 
-    Two reductions that share the comparison with m would have it written out.
+    Two reductions that share the comparison with m would have it written out. XLA adds the terms up one after the
+    other, so the rounding errors are added up beside them.
     """
     top = z == m
+    e = jnp.where(top, 0, exp_difference(z, m))
     zero = jnp.zeros((), z.dtype)
-    rest, ties = lax.reduce(
-        (jnp.where(top, 0, exp_difference(z, m)), top.astype(z.dtype)),
-        (zero, zero),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        (z.ndim - 1,),
-    )
-    return rest + (ties - 1)
+
+    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        total = a[0] + b[0]
+        virtual = total - a[0]
+        lost = (a[0] - (total - virtual)) + (b[0] - virtual)
+        return total, a[1] + b[1] + lost, a[2] + b[2]
+
+    terms = (e, jnp.zeros_like(e), top.astype(z.dtype))
+    total, lost, ties = lax.reduce(terms, (zero, zero, zero), add, (z.ndim - 1,))
+    return (total + lost) + (ties - 1)
