@@ -101,7 +101,7 @@ def diagnose(logits: Any, labels: Any, *, loss: str = "softmax_cross_entropy") -
 
     Args:
         logits: what the loss gets first (logits, probabilities or log-probabilities, as `loss` wants them),
-            `[..., V]`. A `LinearLogits` is made dense, so give it few rows.
+            `[..., V]`.
         labels: what the loss gets second, in any shape and dtype, right or wrong.
         loss: the name of a loss that takes logits, probs or log_probs, and labels. The class axis is last.
 
@@ -144,7 +144,7 @@ def _read(argument: str, x: Any) -> tuple[np.ndarray, str]:
         remedy = "Call `diagnose` outside jit, grad and vmap, on the first batch."
         raise TypeError(f"jaxent.diagnose: `{argument}` must be real arrays, but is traced. {remedy}")
     try:
-        x = np.asarray(x.dense() if hasattr(x, "dense") else x)
+        x = np.asarray(x)
         kind = f"{x.dtype}{list(x.shape)}"
         if jnp.issubdtype(x.dtype, jnp.floating):
             return x.astype(np.promote_types(x.dtype, np.float32)), kind

@@ -212,12 +212,6 @@ def test_every_name_is_a_public_loss(loss):
     assert callable(getattr(jaxent, loss))
 
 
-def test_linear_logits_are_looked_at_dense():
-    linear = jaxent.LinearLogits(jnp.asarray(LOGITS), jnp.eye(3))
-    assert jaxent.diagnose(linear, LABELS).ok
-    assert jaxent.diagnose(linear, LABELS + 1).findings[0].name == "one-based"
-
-
 def test_an_unknown_loss_names_the_known_ones():
     with pytest.raises(
         ValueError, match=r"`loss` must be one of softmax_cross_entropy, .*nll_loss, but is 'mse'"
