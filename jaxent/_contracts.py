@@ -15,10 +15,17 @@ from jax import Array
 from jax.experimental import checkify
 
 REDUCTIONS = ("none", "sum", "mean")
+LABELS_REMEDY = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
+
+
+def error(
+    kind: type[Exception], function: str, argument: str, expected: str, got: str, remedy: str
+) -> Exception:
+    return kind(f"jaxent.{function}: `{argument}` must be {expected}, but is {got}. {remedy}")
 
 
 def fail(kind: type[Exception], function: str, argument: str, expected: str, got: str, remedy: str) -> None:
-    raise kind(f"jaxent.{function}: `{argument}` must be {expected}, but is {got}. {remedy}")
+    raise error(kind, function, argument, expected, got, remedy)
 
 
 def describe(x: Any) -> str:
@@ -148,29 +155,36 @@ def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
     raise AssertionError
 
 
-def check_host_labels(
-    function: str, labels: Any, classes: int, where: Any, ignore_index: int | None
-) -> Array:
-    """Integer labels as an array of at least 32 bits; labels that are known on the host are checked at once.
+def index_labels(
+    function: str, labels: Any, classes: int, mask: Any, ignore_index: int | None
+) -> tuple[Array, Array | None]:
+    """(integer labels of at least 32 bits, which are ignored); labels known on the host are checked at once.
 
-    jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so values outside [0, classes)
-    become -1 before that.
+    jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so what is outside [0, classes)
+    becomes -1 before that. `mask` may hide rows; while it is traced, bad labels are left to the poison.
     """
     if not is_on_host(labels):
-        narrow = jnp.dtype(labels.dtype).itemsize < 4
-        return labels.astype(jnp.int32) if narrow else labels
+        labels = labels.astype(jnp.int32) if jnp.dtype(labels.dtype).itemsize < 4 else labels
+        limits = jnp.iinfo(labels.dtype)
+        if ignore_index is None or not limits.min <= ignore_index <= limits.max:
+            return labels, None
+        return labels, labels == ignore_index
     labels = np.asarray(labels)
-    bad = (labels < 0) | (labels >= classes)
-    if ignore_index is not None:
-        bad &= labels != ignore_index
-    hidden = where is not None and not is_on_host(where)  # a traced mask may still hide them
-    counted = bad if where is None or hidden else bad & np.asarray(where)
-    if counted.any() and not hidden:
-        index = tuple(int(i) for i in np.argwhere(counted)[0])
+    ignored = np.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
+    bad = ((labels < 0) | (labels >= classes)) & ~ignored
+    if mask is None or not isinstance(mask, jax.core.Tracer):
+        fail_on_host(function, labels, bad, mask, f"in [0, {classes})", LABELS_REMEDY)
+    labels = np.where(ignored, 0, np.where(bad, -1, labels)).astype(np.int32)
+    return jnp.asarray(labels), None if ignore_index is None else jnp.asarray(ignored)
+
+
+def fail_on_host(function: str, labels: np.ndarray, bad: Any, mask: Any, expected: str, remedy: str) -> None:
+    """ValueError that names the first bad label that `mask` does not hide."""
+    bad = bad if mask is None else bad & np.asarray(mask)
+    if bad.any():
+        index = tuple(int(i) for i in np.argwhere(bad)[0])
         got = f"{labels[index]}" + (f" at index {list(index)}" if index else "")
-        remedy = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
-        fail(ValueError, function, "labels", f"in [0, {classes})", got, remedy)
-    return jnp.asarray(np.where(bad, -1, labels).astype(np.int32))
+        fail(ValueError, function, "labels", expected, got, remedy)
 
 
 def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) -> None:
@@ -180,18 +194,17 @@ def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) ->
     checkify.debug_check(
         jnp.all(ok),
         f"jaxent.{function}: `labels` must be in [0, {classes}) and name a class in force, but row {{row}} "
-        "(counted over the flattened rows) has label {label}. "
-        "Labels count from 0; hide a row with `where=` or `ignore_index=`.",
+        f"(counted over the flattened rows) has label {{label}}. {LABELS_REMEDY}",
         row=bad,
         label=value,
     )
 
 
 def host_mask(where: Any, weights: Any) -> Any:
-    """`where` and weights != 0 as one mask: on the host if both are there."""
+    """`where` and weights != 0 as one mask, traced only if one of them is."""
     if weights is None:
         return where
-    nonzero = (np.asarray(weights) if is_on_host(weights) else weights) != 0
+    nonzero = weights != 0
     return nonzero if where is None else nonzero & where
 
 
@@ -215,13 +228,9 @@ def check_host_binary_labels(function: str, labels: Any, mask: Any) -> Array:
         return labels
     labels = np.asarray(labels)
     bad = ~((labels >= 0) & (labels <= 1))
-    if mask is None or is_on_host(mask):
-        counted = bad if mask is None else bad & np.asarray(mask)
-        if counted.any():
-            index = tuple(int(i) for i in np.argwhere(counted)[0])
-            got = f"{labels[index]}" + (f" at index {list(index)}" if index else "")
-            remedy = "1 is yes, 0 is no; hide an element with `where=`."
-            fail(ValueError, function, "labels", "in [0, 1]", got, remedy)
+    if mask is None or not isinstance(mask, jax.core.Tracer):
+        remedy = "1 is yes, 0 is no; hide an element with `where=`."
+        fail_on_host(function, labels, bad, mask, "in [0, 1]", remedy)
     return jnp.asarray(np.where(bad, np.asarray(2, labels.dtype), labels))
 
 

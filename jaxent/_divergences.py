@@ -12,7 +12,7 @@ from . import _contracts as contracts
 from ._derivatives import with_forward_mode
 from ._numerics import accumulation_dtype, exp_difference, lowest, product_or_zero
 from ._objective import check_class_mask, objective
-from ._reduction import reduce, row_weights
+from ._reduction import keep_gradient, reduce, row_weights
 from ._statistics import max_and_rest
 
 
@@ -237,7 +237,11 @@ def _primal(static: Static, z_p: Array, z_q: Array, class_mask: Array | None, co
 
 
 def _forward(static: Static, *arrays: Any) -> tuple[Array, Any]:
-    return _primal(static, *arrays), arrays
+    return _primal(static, *_hide(*arrays)), arrays
+
+
+def _hide(z_p: Array, z_q: Array, class_mask: Array | None, counts: Array | None) -> tuple[Any, ...]:
+    return keep_gradient(counts, z_p), keep_gradient(counts, z_q), class_mask, counts
 
 
 def _backward(static: Static, residuals: Any, g: Array) -> tuple[Array, Array, None, None]:
@@ -248,7 +252,7 @@ def _backward(static: Static, residuals: Any, g: Array) -> tuple[Array, Array, N
     dJS/dz_p = p (l_p - sum p l_p) / 2T,  l_p = log(p / h) = -s - log cosh s
     dJS/dz_q = q (l_q - sum q l_q) / 2T,  l_q = log(q / h) =  s - log cosh s
     """
-    z_p, z_q, class_mask, counts = residuals
+    z_p, z_q, class_mask, counts = _hide(*residuals)
     kind, temperature = static
     p, q, d = _log_ratio(z_p, z_q, class_mask, temperature)
     if kind == "kl":

@@ -1,7 +1,7 @@
 """From logits and a function of their statistics to a reduced loss: contracts, row masks, reduction."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,22 +42,24 @@ def objective(
     )
     label_weight = None
     if block.class_weights is not None and block.label is not None:
-        label_weight = take_class(block.class_weights, block.label)
-        # a bad label has no weight, but its row counts: its loss is NaN
-        counts = both(counts, (label_weight != 0) | (block.label < 0))
+        # the row of a bad label counts: its loss is NaN
+        label_weight = jnp.where(block.label < 0, 1, take_class(block.class_weights, block.label))
+        counts = both(counts, label_weight != 0)
 
-    names = used_statistics(fn, block, rows, row_args)
+    names = used_statistics(function, fn, block, rows, row_args)
     statistics = dense.statistics(names, block, counts)
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
     statistics = jax.tree.map(lambda x: keep(counts, x), statistics)
     row_args = jax.tree.map(lambda x: _keep_rows(counts, x, rows), row_args)
-    losses = fn(statistics, 1 if label_weight is None else keep(counts, label_weight, 1), *row_args)
-    if not contracts.has_shape(losses, rows):
+    losses: Any = fn(statistics, 1 if label_weight is None else keep(counts, label_weight, 1), *row_args)
+    if not isinstance(losses, jax.Array) or not contracts.has_shape(losses, rows):
         remedy = (
             "It maps statistics `[...]`, one value per row, to one loss per row; `reduction` does the rest."
         )
-        got = contracts.describe(losses)
+        is_array = isinstance(losses, jax.Array)
+        got = contracts.describe(losses) if is_array else f"one to a {type(losses).__name__}"
         contracts.fail(ValueError, function, "fn", f"a function to losses of shape {list(rows)}", got, remedy)
+    losses = losses.astype(accumulation_dtype(losses.dtype))
     return reduce(losses, counts, weights, reduction, label_weight)
 
 
@@ -83,6 +85,7 @@ def prepare(
         usable = has_index and isinstance(ignore_index, int | np.integer)
         expected = "an int beside integer labels"
         contracts.check_option(function, "ignore_index", ignore_index, usable, expected, remedy)
+    raw_weights = weights
     counts, weights = row_weights(function, rows, where, weights)
     what = "one per class"
     if class_weights is not None:
@@ -96,9 +99,10 @@ def prepare(
 
     label = distribution = None
     if has_index:
-        labels = contracts.check_host_labels(function, labels, classes, where, ignore_index)
-        if ignore_index is not None:
-            counts = both(counts, labels != ignore_index)
+        mask = contracts.host_mask(where, raw_weights)
+        labels, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
+        if ignored is not None:
+            counts = both(counts, ~ignored)
         ok = jnp.logical_and(labels >= 0, labels < classes)
         label = jnp.where(ok, labels, 0).astype(jnp.int32)
         if class_mask is not None:
@@ -124,28 +128,50 @@ def check_class_mask(function: str, class_mask: Any, shape: tuple[int, ...], cla
         contracts.check_shape(function, "class_mask", class_mask, shape, what, remedy)
 
 
+class _Recorder(SoftmaxStatistics):
+    """Statistics that remember which of them were read. As a pytree (fn may be jitted) all of them are."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in STATISTICS:
+            object.__getattribute__(self, "on_read")(name)
+        return object.__getattribute__(self, name)
+
+
+jax.tree_util.register_pytree_node(
+    _Recorder,
+    lambda s: (tuple(getattr(s, name) for name in STATISTICS), None),
+    lambda _, fields: cast(_Recorder, SoftmaxStatistics(*fields)),
+)
+
+
 def used_statistics(
-    fn: StatisticsFunction, block: Block, rows: tuple[int, ...], row_args: Any
+    function: str, fn: StatisticsFunction, block: Block, rows: tuple[int, ...], row_args: Any
 ) -> tuple[str, ...]:
     """Which statistics `fn` reads, found by tracing it once: what it does not read is never computed."""
+    available = available_statistics(block)
+    dtype = accumulation_dtype(block.logits.dtype)
     used: set[str] = set()
 
-    class Recorder(SoftmaxStatistics):
-        def __getattribute__(self, name: str) -> Any:
-            if name in STATISTICS:
-                used.add(name)
-            return super().__getattribute__(name)
+    def trace(statistics: dict[str, Array], row_args: Any) -> Any:
+        recorder = _Recorder(**statistics)
+        object.__setattr__(recorder, "on_read", used.add)
+        return fn(recorder, jnp.ones(rows, dtype), *row_args)
 
-    def trace(statistics: dict[str, Array], row_args: Any) -> Array:
-        return fn(Recorder(**statistics), jnp.ones(rows, dtype), *row_args)
-
-    dtype = accumulation_dtype(block.logits.dtype)
     shapes = {
         name: jax.ShapeDtypeStruct(rows, jnp.int32 if name in INTEGER_STATISTICS else dtype)
-        for name in available_statistics(block)
+        for name in available
     }
-    jax.eval_shape(trace, shapes, row_args)
-    return tuple(name for name in available_statistics(block) if name in used)
+    try:
+        jax.eval_shape(trace, shapes, row_args)
+    except TypeError as error:
+        missing = sorted(used.difference(available))
+        if not missing:
+            raise
+        remedy = "Pass class indices; `rank` needs them, `log_prob` a distribution at least."
+        got = "None" if block.distribution is None else "a distribution"
+        expected = f"given for `fn` to read `{missing[0]}`"
+        raise contracts.error(TypeError, function, "labels", expected, got, remedy) from error
+    return tuple(name for name in available if name in used)
 
 
 def available_statistics(block: Block) -> tuple[str, ...]:
@@ -174,4 +200,6 @@ def _keep_rows(counts: Array | None, x: Any, rows: tuple[int, ...]) -> Any:
     shape = np.shape(x)
     if counts is None or shape[: len(rows)] != rows:
         return x
-    return keep(counts.reshape(rows + (1,) * (len(shape) - len(rows))), x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys hide nothing
+        return x
+    return keep(counts.reshape(rows + (1,) * (len(shape) - len(rows))), jnp.asarray(x))

@@ -323,10 +323,9 @@ def _rows(
         return _keep_rows(counts, x, hidden), None, _keep_rows(counts, q, 0), counts, weights_in_force
 
     mask = contracts.host_mask(where, weights)
-    labels = contracts.check_host_labels(function, labels, x.shape[-1], mask, ignore_index)
-    if ignore_index is not None:
-        valid = labels != ignore_index
-        counts = valid if counts is None else counts & valid
+    labels, ignored = contracts.index_labels(function, labels, x.shape[-1], mask, ignore_index)
+    if ignored is not None:
+        counts = ~ignored if counts is None else counts & ~ignored
     labels = keep(counts, labels)
     ok = (labels >= 0) & (labels < x.shape[-1])
     contracts.debug_check_labels(function, ok, labels, x.shape[-1])

@@ -1,5 +1,6 @@
 """Which rows count, how much, and what is made of them: where, weights, the three reductions, the weighted mean."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -26,9 +27,24 @@ def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_
     return (nonzero if where is None else where & nonzero), weights
 
 
-def keep(counts: Array | None, x: Array, other=0) -> Array:
+def keep(counts: Array | None, x: Array, other: float = 0) -> Array:
     """`x` where the row counts, `other` elsewhere: a select, so that NaN behind the mask stays there."""
-    return x if counts is None else jnp.where(counts, x, other)
+    return x if counts is None else jnp.where(counts, x, jnp.full_like(x, other))
+
+
+@jax.custom_jvp
+def keep_gradient(counts: Array | None, x: Array) -> Array:
+    """`x` `[..., V]` as it is, with a derivative of exactly 0 in rows that do not count.
+
+    For second derivatives: there jax multiplies a cotangent of 0 with what a hidden row holds.
+    """
+    return x
+
+
+@keep_gradient.defjvp
+def _keep_gradient_jvp(primals, tangents):
+    (counts, x), (_, dx) = primals, tangents
+    return x, dx if counts is None else jnp.where(counts[..., None], dx, 0)
 
 
 def reduce(

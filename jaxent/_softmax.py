@@ -9,6 +9,7 @@ from jax import Array
 
 from . import _contracts as contracts
 from ._logits import dense
+from ._numerics import product_or_zero
 from ._objective import available_statistics, objective, prepare
 from ._reduction import keep
 from ._statistics import SoftmaxStatistics
@@ -82,11 +83,10 @@ def softmax_cross_entropy(
       Label smoothing: Szegedy et al. 2016. z-loss: PaLM, Chowdhery et al. 2022. Class weights with smoothing:
       torch.nn.functional.cross_entropy.
     """
-    function = "softmax_cross_entropy"
-    terms = _Terms(function, labels, label_smoothing, z_loss)
+    terms = _Terms("softmax_cross_entropy", labels, label_smoothing, z_loss)
     return objective(
-        function,
-        terms.cross_entropy_and_z_loss,
+        "softmax_cross_entropy",
+        lambda s, label_weight: terms.cross_entropy(s) + terms.z(s, label_weight),
         logits,
         labels,
         axis=axis,
@@ -166,7 +166,9 @@ def softmax_focal_loss(
     contracts.check_number(function, "gamma", gamma, 0, jnp.inf, "0 is the cross-entropy; usual is 2.")
 
     def focal(s: SoftmaxStatistics, label_weight: Array) -> Array:
-        return _focus(s.log_prob, gamma) * terms.cross_entropy(s) + terms.z(s, label_weight)
+        return product_or_zero(_focus(s.log_prob, float(gamma)), terms.cross_entropy(s)) + terms.z(
+            s, label_weight
+        )
 
     return objective(
         function,
@@ -251,7 +253,7 @@ def softmax_poly_loss(
     contracts.check_number(function, "epsilon", epsilon, -1, jnp.inf, remedy)
 
     def poly(s: SoftmaxStatistics, label_weight: Array) -> Array:
-        first = -epsilon * label_weight * jnp.expm1(s.log_prob)
+        first = -float(epsilon) * label_weight * jnp.expm1(s.log_prob)
         return terms.cross_entropy(s) + first + terms.z(s, label_weight)
 
     return objective(
@@ -363,7 +365,7 @@ def softmax_statistics(
         log_normalizer = log sum_j exp(logits_j)         entropy = -sum_j p_j log p_j
         prediction = argmax_j logits_j                   rank = how many logits are larger than the label's
 
-    Accuracy is `mean(prediction == labels)`, top-k accuracy `mean(rank < k)`.
+    Accuracy is `jnp.mean(prediction == labels)`, top-k accuracy `jnp.mean(rank < k)`.
 
     Args:
       logits: `[..., V]`, floating point.
@@ -375,7 +377,7 @@ def softmax_statistics(
 
     Returns:
       `SoftmaxStatistics`, each field `[...]`: float32 (float64 for float64 logits), `prediction` and `rank`
-      int32. `log_prob` and `weighted_log_prob` (here the same) are None without labels, `rank` also for a
+      int32. `log_prob` and `weighted_log_prob` are None without labels, `rank` also for a
       distribution.
 
     Gradients:
@@ -386,7 +388,7 @@ def softmax_statistics(
       the real fields of its row NaN and its rank V.
 
     Cost:
-      That of the fields in `names`: `log_prob` two passes over the logits, most others one more each.
+      Two passes over the logits for `log_prob`, about one more for each other field in `names`.
 
     Raises:
       TypeError: as `softmax_cross_entropy`.
@@ -404,12 +406,11 @@ def softmax_statistics(
     function = "softmax_statistics"
     block, counts, _, _ = prepare(function, logits, labels, axis, where, None, None, None, class_mask)
     available = available_statistics(block)
-    wanted = available if names is None else tuple(name for name in available if name in names)
     if names is not None:
-        ok = not isinstance(names, str) and len(wanted) == len(set(names))
-        contracts.check_option(
-            function, "names", names, ok, f"some of {available}", "Some need (integer) labels."
-        )
+        known = isinstance(names, Sequence) and not isinstance(names, str) and set(names) <= set(available)
+        remedy = "Some need (integer) labels."
+        contracts.check_option(function, "names", names, known, f"some of {available}", remedy)
+    wanted = tuple(name for name in available if names is None or name in names)
     statistics = dense.statistics(wanted, block, counts)
     return jax.tree.map(lambda x: keep(counts, x), statistics)
 
@@ -422,8 +423,8 @@ class _Terms:
         remedy = "0 is none of it, 1 all of it; usual is 0.1."
         contracts.check_number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
         contracts.check_number(function, "z_loss", z_loss, 0, jnp.inf, "0 turns it off; usual is 1e-4.")
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
+        self.label_smoothing = float(label_smoothing)  # a numpy float64 would widen float32 under x64
+        self.z_loss = float(z_loss)
 
     def cross_entropy(self, s: SoftmaxStatistics) -> Array:
         a = self.label_smoothing
@@ -436,15 +437,14 @@ class _Terms:
     def z(self, s: SoftmaxStatistics, label_weight: Array) -> Array | float:
         return 0.0 if self.z_loss == 0 else self.z_loss * label_weight * s.log_normalizer**2
 
-    def cross_entropy_and_z_loss(self, s: SoftmaxStatistics, label_weight: Array) -> Array:
-        return self.cross_entropy(s) + self.z(s, label_weight)
-
 
 def _focus(log_p: Array, gamma: float) -> Array:
-    """(1 - p)^gamma. Far below p = eps it is 1 with slope 0, also where log p = -inf meets a loss of +inf."""
-    if gamma == 0:
-        return jnp.ones_like(log_p)
+    """(1 - p)^gamma, with slope 0 far below p = eps, also where log p = -inf meets a loss of +inf."""
+    log_p = jnp.where(log_p > 0, 0, log_p)  # a distribution that sums to less than 1
     hopeless = log_p < -200
     not_p = -jnp.expm1(jnp.where(hopeless, -1, log_p))
-    flat = hopeless if gamma >= 1 else hopeless | (not_p == 0)  # below gamma = 1 the slope at 0 is infinite
-    return jnp.where(flat, hopeless, jnp.where(flat, 1, not_p) ** gamma)
+    flat = hopeless
+    if gamma < 2 and not gamma.is_integer():  # a first or second derivative at p = 1 is infinite
+        flat |= not_p < jnp.finfo(not_p.dtype).tiny
+    power = int(gamma) if gamma.is_integer() else gamma  # in derivatives 0.0 ** 0.0 turns up
+    return jnp.where(flat, hopeless, jnp.where(flat, 1, not_p) ** power)

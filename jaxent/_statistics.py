@@ -316,6 +316,8 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
     log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
     w = jnp.ones((), log_p.dtype) if block.class_weights is None else block.class_weights
     scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": w}
-    terms = [g[name][..., None] * scale * log_p for name, scale in scales.items() if name in g]
+    terms = [
+        g[name][..., None] * product_or_zero(scale, log_p) for name, scale in scales.items() if name in g
+    ]
     gradient = sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p)
     return gradient if block.class_mask is None else jnp.where(block.class_mask, gradient, 0)

@@ -563,3 +563,122 @@ def test_bad_host_labels_behind_a_mask():
     assert got[1] == 0 and np.isnan(got[2])
     with pytest.raises(ValueError, match=r"4294967297 at index \[1\]"):
         jaxent.softmax_cross_entropy(z, labels, ignore_index=-100)
+
+
+def test_no_rows_of_many_classes():
+    z, y = jnp.zeros((0, 300)), jnp.zeros(0, int)
+    assert jaxent.softmax_cross_entropy(z, y).shape == (0,)
+    value, gradient = jax.value_and_grad(jaxent.softmax_cross_entropy)(z, y, reduction="mean")
+    assert value == 0 and gradient.shape == (0, 300)
+
+
+def test_only_bad_labels_with_class_weights():
+    """A bad label has no class weight, and still its row counts."""
+    z, y = jnp.zeros((4, 5)), jnp.full(4, 9)
+    assert jnp.isnan(jaxent.softmax_cross_entropy(z, y, class_weights=jnp.ones(5), reduction="mean"))
+
+
+def test_a_bad_host_label_is_not_taken_for_the_ignored_one():
+    z, y = jnp.zeros((4, 5)), np.array([0, 1, 2, 9])
+    where = jnp.ones(4, bool)
+    losses = jax.jit(lambda w: jaxent.softmax_cross_entropy(z, y, where=w, ignore_index=-1))(where)
+    assert jnp.isnan(losses).tolist() == [False, False, False, True]
+    with pytest.raises(ValueError, match="is 9 at index"):
+        jaxent.softmax_cross_entropy(z, y, where=where, ignore_index=-1)
+
+
+@pytest.mark.parametrize("labels", [np.array([0, 1, 2, 2**40]), jnp.arange(4)])
+def test_ignore_index_beyond_the_labels_dtype(labels):
+    losses = jaxent.softmax_cross_entropy(jnp.zeros((4, 5)), labels, ignore_index=2**40)
+    assert (losses == 0).tolist() == [False, False, False, isinstance(labels, np.ndarray)]
+
+
+def test_a_weight_of_zero_hides_a_bad_host_label():
+    labels, weights = np.array([0, 9]), np.array([1.0, 0.0])
+    losses = jaxent.softmax_cross_entropy(jnp.zeros((2, 5)), labels, weights=weights)
+    assert losses[1] == 0
+
+
+def test_row_arguments_keep_their_dtype_behind_a_mask():
+    z, y, flags = jnp.zeros((4, 5)), jnp.arange(4), jnp.array([True, False, True, True])
+    key = jax.random.split(jax.random.key(0), 4)
+
+    def fn(s, flag, key):
+        assert key.shape == (4,)
+        return jnp.where(~flag, -s.log_prob, 0)
+
+    where = jnp.array([True, True, True, False])
+    losses = jaxent.softmax_loss(fn, z, y, flags, key, where=where, reduction="none")
+    assert (losses > 0).tolist() == [False, True, False, False]
+
+
+def test_losses_that_are_no_floats_or_narrow_ones():
+    z, y = jnp.zeros((1001, 3)), jnp.zeros(1001, int)
+    half = jnp.full(1001, 0.5)
+    for fn in (
+        lambda s: s.rank * 0 + 1,
+        lambda s: s.rank < 1,
+        lambda s: (s.log_prob * 0 + 1).astype("bfloat16"),
+    ):
+        assert jaxent.softmax_loss(fn, z, y, weights=half, reduction="sum") == 500.5
+        assert jaxent.softmax_loss(fn, z, y, where=y == 0) == 1
+
+
+def test_a_row_without_an_answer_has_the_worst_rank():
+    z = jnp.array([[NAN, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    assert jaxent.softmax_statistics(z, jnp.array([0, 5])).rank.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, jax.checkpoint])
+def test_fn_under_a_transformation(wrap):
+    z, y = jnp.eye(4), jnp.arange(4)
+    got = jaxent.softmax_loss(wrap(lambda s: -s.log_prob), z, y)
+    assert got == jaxent.softmax_cross_entropy(z, y, reduction="mean")
+
+
+HIDDEN = {
+    "cross entropy": lambda z, w: jaxent.softmax_cross_entropy(z, jnp.array([0, 1, 77, 2]), where=w),
+    "ignored": lambda z, w: jaxent.softmax_cross_entropy(z, jnp.array([0, 1, -5, -5]), ignore_index=-5),
+    "entropy": lambda z, w: jaxent.softmax_entropy(z, where=w),
+    "kl": lambda z, w: jaxent.softmax_kl_divergence(z, 2 * z, where=w),
+    "js": lambda z, w: jaxent.softmax_js_divergence(z, 2 * z, where=w),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_second_derivatives_behind_a_mask(name):
+    """Reverse over reverse multiplies a cotangent of 0 with what the hidden rows hold."""
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)).at[3].set(NAN)
+    where = jnp.array([True, True, False, False])
+
+    def slope(z):
+        return jnp.sum(jax.grad(lambda z: HIDDEN[name](z, where).sum())(z) ** 2)
+
+    gradient = jax.jit(jax.grad(slope))(z)
+    assert jnp.all(gradient[2:] == 0) and jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient[:2] != 0)
+
+
+def test_numpy_options_do_not_widen_with_x64(x64):
+    z, y, one = jnp.zeros((2, 3), jnp.float32), jnp.arange(2), np.float64(1)
+    assert jaxent.softmax_cross_entropy(z, y, label_smoothing=0.1 * one, z_loss=one).dtype == jnp.float32
+    assert jaxent.softmax_focal_loss(z, y, gamma=one).dtype == jnp.float32
+    assert jaxent.softmax_poly_loss(z, y, epsilon=one).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.5, 2, 2.5, 3])
+def test_focal_loss_of_certain_and_of_hopeless_rows(gamma):
+    def f(z):
+        return jaxent.softmax_focal_loss(z, jnp.zeros(len(z), int), gamma=gamma, label_smoothing=0.0).sum()
+
+    for z in (jnp.array([[1000.0, 0, 0]]), jnp.array([[-1000.0, 0, 0]]), jnp.array([[-jnp.inf, 0, 0]])):
+        assert jnp.all(jnp.isfinite(jax.grad(f)(z)))
+    assert jnp.all(jnp.isfinite(jax.hessian(f)(jnp.array([[1000.0, 0, 0]]))))
+
+
+def test_what_fn_reads_needs_labels():
+    z = jnp.zeros((4, 3))
+    message = "`labels` must be given for `fn` to read `log_prob`, but is None."
+    with pytest.raises(TypeError, match=message):
+        jaxent.softmax_loss(lambda s: -s.log_prob, z, None)
+    with pytest.raises(ValueError, match="but is one to a tuple"):
+        jaxent.softmax_loss(lambda s: (s.entropy,), z, None)

@@ -528,8 +528,11 @@ def test_labels_known_on_the_host_raise_at_once():
     good = np.array([[True, True], [True, False]])
     for options in ({"where": good}, {"weights": good * 1.0}, {"where": jnp.asarray(good)}):
         assert np.isfinite(loss(jnp.zeros((2, 2)), bad, **options)).all()
+    with pytest.raises(ValueError, match=r"\[1, 1\]"):
+        loss(jnp.zeros((2, 2)), bad, where=jnp.ones((2, 2), bool))
     # a traced mask that does not hide it: NaN, not class 1
-    assert np.isnan(loss(jnp.zeros((2, 2)), bad, where=jnp.ones((2, 2), bool))[1, 1])
+    traced = jax.jit(lambda where: loss(jnp.zeros((2, 2)), bad, where=where))
+    assert np.isnan(traced(jnp.ones((2, 2), bool))[1, 1])
 
 
 def test_labels_under_checkify():

@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from .._derivatives import with_forward_mode
 from .._numerics import exp_difference, lowest
+from .._reduction import keep_gradient
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
@@ -34,8 +35,8 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
     if "prediction" in names:
         found["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
     if "rank" in names:
-        # a NaN compares as not larger: the bad label's rank is the worst, V, not the best, 0
-        above = jnp.sum(z > select_label(z, block)[..., None], -1, dtype=jnp.int32)
+        # "not below" is true of NaN: a row without an answer has the worst rank, V, not the best, 0
+        above = jnp.sum(~(z <= select_label(z, block)[..., None]), -1, dtype=jnp.int32)
         found["rank"] = jnp.where(block.label >= 0, above, z.shape[-1])
     return SoftmaxStatistics(**found)
 
@@ -49,13 +50,14 @@ def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
-    whole = _whole(names, block)
+    whole = _whole(names, _hide(block, counts))
     found = finish(names, whole, block)
     return found, (block, whole, found.get("entropy"), counts)
 
 
 def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tuple[Any, None]:
     block, whole, entropy, counts = residuals
+    block = _hide(block, counts)
 
     def of_counting_rows(x: Array, like: Array) -> Array:
         # a select, so that NaN in a row that does not count stays there
@@ -68,6 +70,12 @@ def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tu
         distribution = of_counting_rows(distribution_gradient(block, whole, g), block.distribution)
     weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
     return Block(logits, None, distribution, weights, None), None
+
+
+def _hide(block: Block, counts: Array | None) -> Block:
+    q = block.distribution
+    q = None if q is None else keep_gradient(counts, q)
+    return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
@@ -125,7 +133,7 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     With m' the maximum of the others, their sum is exp(m' - m) sum_j exp(z_j - m'). The terms that matter have a
     small z_j - m', whose rounding is harmless, and m' - m is compensated.
     """
-    groups = z.reshape(*z.shape[:-1], -1, size)
+    groups = z.reshape(*z.shape[:-1], z.shape[-1] // size, size)
     tops = jnp.max(groups, -1)  # [..., G]
     g = jnp.argmax(tops, -1)[..., None]
     m = jnp.take_along_axis(tops, g, -1)  # the maximum of maxima XLA would take from the logits once more
