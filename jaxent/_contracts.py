@@ -174,8 +174,8 @@ def index_labels(
     bad = ((labels < 0) | (labels >= classes)) & ~ignored
     if mask is None or not isinstance(mask, jax.core.Tracer):
         fail_on_host(function, labels, bad, mask, f"in [0, {classes})", LABELS_REMEDY)
-    labels = np.where(ignored, 0, np.where(bad, -1, labels)).astype(np.int32)
-    return jnp.asarray(labels), None if ignore_index is None else jnp.asarray(ignored)
+    labels = np.where(bad, -1, np.where(bad | ignored, 0, labels).astype(np.int32))
+    return jnp.asarray(labels, jnp.int32), None if ignore_index is None else jnp.asarray(ignored)
 
 
 def fail_on_host(function: str, labels: np.ndarray, bad: Any, mask: Any, expected: str, remedy: str) -> None:
