@@ -6,6 +6,7 @@ from ._diagnose import diagnose as diagnose
 from ._divergences import softmax_entropy as softmax_entropy
 from ._divergences import softmax_js_divergence as softmax_js_divergence
 from ._divergences import softmax_kl_divergence as softmax_kl_divergence
+from ._logits.linear import LinearLogits as LinearLogits
 from ._probability import binary_cross_entropy as binary_cross_entropy
 from ._probability import categorical_cross_entropy as categorical_cross_entropy
 from ._probability import kl_divergence as kl_divergence

@@ -30,7 +30,12 @@ def fail(kind: type[Exception], function: str, argument: str, expected: str, got
 
 def describe(x: Any) -> str:
     """What came, as dtype[shape]: `int32[8, 1]`."""
-    return f"{jnp.result_type(x)}{list(np.shape(x))}"
+    return f"{dtype_of(x)}{list(np.shape(x))}"
+
+
+def dtype_of(x: Any) -> Any:
+    """Also of a Python number, and of what only looks like an array."""
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
 def has_shape(x: Any, shape: tuple[int, ...]) -> bool:
@@ -109,8 +114,9 @@ def check_reduction(function: str, reduction: Any) -> None:
 
 def check_logits(function: str, logits: Any, axis: int = -1, argument: str = "logits") -> None:
     """Floating point, with a class axis of at least one class."""
-    remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
-    check_floating(function, argument, logits, remedy)
+    if not hasattr(logits, "dense"):
+        remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
+        check_floating(function, argument, logits, remedy)
     ndim = np.ndim(logits)
     if ndim == 0:
         remedy = "A single row of V classes has shape [V]; for one yes/no logit use `sigmoid_cross_entropy`."

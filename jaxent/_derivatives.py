@@ -1,10 +1,13 @@
 """Forward mode for functions whose rule of record is a `custom_vjp`."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 
@@ -15,7 +18,7 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     map, which the rule states already, so nothing is derived twice. Under reverse mode jax transposes the tangent
     map, which gives the backward map again; `checkpoint` keeps what the rule saved as the only residuals.
 
-    What is not differentiated (integer labels, a frozen kernel) is closed over, so its part of the backward is
+    Integer results are allowed; they have no derivative. What is not differentiated (integer labels, a frozen kernel) is closed over, so its part of the backward is
     never built. The forward rule must not call `rule` itself, and the backward must be linear in its cotangents:
     no comparison of them, no added constant.
     """
@@ -32,21 +35,80 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
 
         def of_moving(moved: list[Any]) -> Any:
             full = dict(enumerate(leaves)) | dict(zip(moving, moved, strict=True))
-            return rule(static, *jax.tree.unflatten(treedef, list(full.values())))
+            return _split(rule(static, *jax.tree.unflatten(treedef, list(full.values()))))
 
-        out, vjp = jax.vjp(of_moving, [leaves[i] for i in moving])
+        out, vjp, (integers, join) = jax.vjp(of_moving, [leaves[i] for i in moving], has_aux=True)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def tangent(vjp: Any, dots: list[Any]) -> Any:
             (out_dot,) = jax.linear_transpose(vjp, out)((dots,))
             return out_dot
 
-        return out, tangent(vjp, [_varying_like(leaves[i], dots[i]) for i in moving])
+        dot = tangent(vjp, [varying_like(leaves[i], dots[i]) for i in moving])
+        zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in integers]
+        return join(out, integers), join(dot, zeros)
 
     return function
 
 
-def _varying_like(x: Any, dot: Any) -> Any:
-    """`dot`, which may be the same on all devices of a shard_map, as varying over the devices as `x`."""
-    axes = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(dot).manual_axis_type.varying)
-    return jax.lax.pcast(dot, axes, to="varying") if axes else dot
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Join:
+    """Puts real and integer leaves back in their places."""
+
+    treedef: Any
+    is_real: tuple[bool, ...]
+
+    def __call__(self, real: list[Any], integers: list[Any]) -> Any:
+        real, integers = iter(real), iter(integers)
+        return jax.tree.unflatten(self.treedef, [next(real if r else integers) for r in self.is_real])
+
+
+def _split(tree: Any) -> tuple[list[Any], tuple[list[Any], _Join]]:
+    leaves, treedef = jax.tree.flatten(tree)
+    is_real = tuple(bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in leaves)
+    real = [x for x, r in zip(leaves, is_real, strict=True) if r]
+    integers = [x for x, r in zip(leaves, is_real, strict=True) if not r]
+    return real, (integers, _Join(treedef, is_real))
+
+
+def varying_like(like: Any, tree: Any) -> Any:
+    """`tree`, whose leaves may be the same on all devices of a shard_map, as varying wherever a leaf of `like` is."""
+    varying = set().union(*(_varying(x) for x in jax.tree.leaves(like)))
+
+    def cast(x: Any) -> Any:
+        axes = tuple(varying - _varying(x))
+        return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying(x: Any) -> Set[Any]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Moving:
+    """Which leaves of a pytree are differentiated."""
+
+    leaves: tuple[bool, ...]
+
+    def tree(self, like: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(like), self.leaves)
+
+
+def values_and_moving(tree: Any) -> tuple[Any, Moving]:
+    """From what a forward rule is given with `symbolic_zeros`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    moving = [x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact) for x in leaves]
+    return jax.tree.unflatten(treedef, [x.value for x in leaves]), Moving(tuple(moving))
+
+
+def instantiate(tree: Any) -> Any:
+    """Cotangents, symbolic zeros among them, as arrays."""
+
+    def zeros(x: Any) -> Any:
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+    return jax.tree.map(zeros, tree, is_leaf=lambda x: isinstance(x, SymbolicZero))

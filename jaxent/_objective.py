@@ -1,7 +1,8 @@
 """From logits and a function of their statistics to a reduced loss: contracts, row masks, reduction."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 from jax import Array, lax
 
 from . import _contracts as contracts
-from ._logits import dense
+from ._logits import sources
+from ._logits.linear import LinearLogits, check_linear
 from ._numerics import accumulation_dtype
-from ._reduction import keep, reduce, row_weights
-from ._statistics import INTEGER_STATISTICS, STATISTICS, Block, SoftmaxStatistics, take_class
+from ._reduction import keep, reduce, row_weights, scale_of_rows
+from ._statistics import Block, SoftmaxStatistics, take_class
+from ._tracing import example, hoist, takes_rows_apart, used_statistics
 
 StatisticsFunction = Callable[..., Array]
 
@@ -20,7 +23,7 @@ StatisticsFunction = Callable[..., Array]
 def objective(
     function: str,
     fn: StatisticsFunction,
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array | None,
     *row_args: Any,
     axis: int,
@@ -45,27 +48,75 @@ def objective(
         # the row of a bad label counts: its loss is NaN
         label_weight = jnp.where(block.label < 0, 1, take_class(block.class_weights, block.label))
         counts = both(counts, label_weight != 0)
+        label_weight = keep(counts, label_weight, 1)
 
     names = used_statistics(function, fn, block, rows, row_args)
-    statistics = dense.statistics(names, block, counts)
+    of_rows, of_all, join = _split_arguments(row_args, rows)
+    own = (label_weight, of_rows)
+
+    def call(shape: tuple[int, ...], statistics: SoftmaxStatistics, own: Any, of_all: Any) -> Array:
+        label_weight, of_rows = own
+        losses = fn(statistics, 1 if label_weight is None else label_weight, *join(of_rows, of_all))
+        return _check_losses(function, losses, shape)
+
+    by_blocks = None
+    if reduction != "none" and isinstance(block.logits, LinearLogits):
+        by_blocks = _by_blocks(call, names, block.logits, own, of_all)
+    if by_blocks is not None:
+        size, closed_over, call_of_block = by_blocks
+
+        def of_block(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
+            return call_of_block(shared[0], *_keep_rows(counts, (statistics, own)), shared[1])
+
+        scale = scale_of_rows(counts, weights, reduction, label_weight, rows, block.logits.dtype)
+        shared = (closed_over, of_all)
+        return sources.weighted_sum(of_block, size, names, block, counts, scale, own, shared)
+
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
-    statistics = jax.tree.map(lambda x: keep(counts, x), statistics)
-    row_args = jax.tree.map(lambda x: _keep_rows(counts, x, rows), row_args)
-    losses: Any = fn(statistics, 1 if label_weight is None else keep(counts, label_weight, 1), *row_args)
-    if not isinstance(losses, jax.Array) or not contracts.has_shape(losses, rows):
+    statistics, own = _keep_rows(counts, (sources.statistics(names, block, counts), own))
+    return reduce(call(rows, statistics, own, of_all), counts, weights, reduction, label_weight)
+
+
+def _by_blocks(
+    call: Callable[..., Array], names: tuple[str, ...], logits: LinearLogits, own: Any, of_all: Any
+) -> tuple[int, Any, Callable[..., Array]] | None:
+    """(rows of a block, what `call` closes over, `call` of a block), if blocks of rows are right and best."""
+    rows = logits.shape[:-1]
+    size = sources.rows_at_a_time(logits)
+    if size is None or not rows or 0 in rows or not names:
+        return None
+    everything = jax.make_jaxpr(functools.partial(call, rows))(example(names, rows, logits.dtype), own, of_all)
+    of_rows = len(names) + len(jax.tree.leaves(own))
+    is_of_row = [i < of_rows for i in range(len(everything.jaxpr.invars))]
+    if not takes_rows_apart(everything, rows, is_of_row):
+        return None
+
+    def of_block(x: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *x.shape[len(rows) :]), x.dtype)
+
+    statistics, own = example(names, (size,), logits.dtype), jax.tree.map(of_block, own)
+    try:
+        call_of_block, closed_over = hoist(functools.partial(call, (size,)), statistics, own, of_all)
+    except (IndexError, TypeError, ValueError):  # written for the shape of all rows
+        return None
+    return size, closed_over, call_of_block
+
+
+def _check_losses(function: str, losses: Any, shape: tuple[int, ...]) -> Array:
+    if not isinstance(losses, jax.Array) or not contracts.has_shape(losses, shape):
         remedy = (
             "It maps statistics `[...]`, one value per row, to one loss per row; `reduction` does the rest."
         )
         is_array = isinstance(losses, jax.Array)
         got = contracts.describe(losses) if is_array else f"one to a {type(losses).__name__}"
-        contracts.fail(ValueError, function, "fn", f"a function to losses of shape {list(rows)}", got, remedy)
-    losses = losses.astype(accumulation_dtype(losses.dtype))
-    return reduce(losses, counts, weights, reduction, label_weight)
+        expected = f"a function to losses of shape {list(shape)}"
+        contracts.fail(ValueError, function, "fn", expected, got, remedy)
+    return losses.astype(accumulation_dtype(losses.dtype))
 
 
 def prepare(
     function: str,
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array | None,
     axis: int,
     where: Array | None,
@@ -75,8 +126,8 @@ def prepare(
     class_mask: Array | None,
 ) -> tuple[Block, Array | None, Array | None, tuple[int, ...]]:
     """Checked arguments as (block with the class axis last, which rows count, their weights, shape of rows)."""
-    contracts.check_logits(function, logits, axis)
-    shape = np.shape(logits)
+    check_logits(function, logits, axis)
+    shape = logits.shape if isinstance(logits, LinearLogits) else np.shape(logits)
     classes = shape[axis]
     rows = tuple(np.delete(shape, axis).tolist())
     has_index = labels is not None and contracts.check_labels(function, labels, logits, axis)
@@ -109,7 +160,8 @@ def prepare(
             ok &= _in_force(class_mask, label)
         label = jnp.where(ok, label, -1)
         contracts.debug_check_labels(function, ok if counts is None else ok | ~counts, labels, classes)
-    logits = jnp.moveaxis(jnp.asarray(logits), axis, -1)
+    if not isinstance(logits, LinearLogits):
+        logits = jnp.moveaxis(jnp.asarray(logits), axis, -1)
     dtype = accumulation_dtype(logits.dtype)
     if labels is not None and not has_index:
         distribution = jnp.moveaxis(jnp.asarray(labels), axis, -1).astype(dtype)
@@ -120,65 +172,21 @@ def prepare(
     return Block(logits, label, distribution, class_weights, class_mask), counts, weights, rows
 
 
+def check_logits(function: str, logits: Array | LinearLogits, axis: int, argument: str = "logits") -> None:
+    if isinstance(logits, LinearLogits):
+        check_linear(function, logits, argument)
+        remedy = "The classes of a LinearLogits are the columns of its kernel."
+        ok = axis in (-1, logits.ndim - 1)
+        contracts.check_option(function, "axis", axis, ok, "the last axis", remedy)
+    contracts.check_logits(function, logits, axis, argument)
+
+
 def check_class_mask(function: str, class_mask: Any, shape: tuple[int, ...], classes: int) -> None:
     contracts.check_mask(function, "class_mask", class_mask)
     if not contracts.has_shape(class_mask, (classes,)):
         remedy = "True keeps a class in the softmax; nothing is broadcast."
         what = f"or [{classes}], one per class"
         contracts.check_shape(function, "class_mask", class_mask, shape, what, remedy)
-
-
-class _Recorder(SoftmaxStatistics):
-    """Statistics that remember which of them were read. As a pytree (fn may be jitted) all of them are."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in STATISTICS:
-            object.__getattribute__(self, "on_read")(name)
-        return object.__getattribute__(self, name)
-
-
-jax.tree_util.register_pytree_node(
-    _Recorder,
-    lambda s: (tuple(getattr(s, name) for name in STATISTICS), None),
-    lambda _, fields: cast(_Recorder, SoftmaxStatistics(*fields)),
-)
-
-
-def used_statistics(
-    function: str, fn: StatisticsFunction, block: Block, rows: tuple[int, ...], row_args: Any
-) -> tuple[str, ...]:
-    """Which statistics `fn` reads, found by tracing it once: what it does not read is never computed."""
-    available = available_statistics(block)
-    dtype = accumulation_dtype(block.logits.dtype)
-    used: set[str] = set()
-
-    def trace(statistics: dict[str, Array], row_args: Any) -> Any:
-        recorder = _Recorder(**statistics)
-        object.__setattr__(recorder, "on_read", used.add)
-        return fn(recorder, jnp.ones(rows, dtype), *row_args)
-
-    shapes = {
-        name: jax.ShapeDtypeStruct(rows, jnp.int32 if name in INTEGER_STATISTICS else dtype)
-        for name in available
-    }
-    try:
-        jax.eval_shape(trace, shapes, row_args)
-    except TypeError as error:
-        missing = sorted(used.difference(available))
-        if not missing:
-            raise
-        remedy = "Pass class indices; `rank` needs them, `log_prob` a distribution at least."
-        got = "None" if block.distribution is None else "a distribution"
-        expected = f"given for `fn` to read `{missing[0]}`"
-        raise contracts.error(TypeError, function, "labels", expected, got, remedy) from error
-    return tuple(name for name in available if name in used)
-
-
-def available_statistics(block: Block) -> tuple[str, ...]:
-    missing = {"rank"} if block.label is None else set()
-    if block.label is None and block.distribution is None:
-        missing |= {"log_prob", "weighted_log_prob"}
-    return tuple(name for name in STATISTICS if name not in missing)
 
 
 def both(a: Array | None, b: Array | None) -> Array | None:
@@ -195,11 +203,26 @@ def _in_force(class_mask: Array, label: Array) -> Array:
     return jnp.any(hit & class_mask, -1)
 
 
-def _keep_rows(counts: Array | None, x: Any, rows: tuple[int, ...]) -> Any:
-    """Row arguments `[..., *anything]`: 0 in rows that do not count; other arguments as they are."""
-    shape = np.shape(x)
-    if counts is None or shape[: len(rows)] != rows:
-        return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys hide nothing
-        return x
-    return keep(counts.reshape(rows + (1,) * (len(shape) - len(rows))), jnp.asarray(x))
+def _split_arguments(row_args: Any, rows: tuple[int, ...]) -> tuple[list[Any], list[Any], Callable[..., Any]]:
+    """Row arguments `[..., *anything]`, the other ones, and a function that puts both back in their places."""
+    leaves, treedef = jax.tree.flatten(row_args)
+    is_of_row = [np.shape(x)[: len(rows)] == rows for x in leaves]
+    of_rows = [jnp.asarray(x) for x, of_row in zip(leaves, is_of_row, strict=True) if of_row]
+    of_all = [x for x, of_row in zip(leaves, is_of_row, strict=True) if not of_row]
+
+    def join(of_rows: list[Any], of_all: list[Any]) -> Any:
+        some, others = iter(of_rows), iter(of_all)
+        return jax.tree.unflatten(treedef, [next(some if of_row else others) for of_row in is_of_row])
+
+    return of_rows, of_all, join
+
+
+def _keep_rows(counts: Array | None, tree: Any) -> Any:
+    """0 in rows that do not count, of arrays `[..., *anything]`."""
+
+    def of(x: Array) -> Array:
+        if counts is None or jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys hide nothing
+            return x
+        return keep(counts.reshape(counts.shape + (1,) * (x.ndim - counts.ndim)), x)
+
+    return jax.tree.map(of, tree)

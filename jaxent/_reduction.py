@@ -1,8 +1,11 @@
 """Which rows count, how much, and what is made of them: where, weights, the three reductions, the weighted mean."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from . import _contracts as contracts
 from ._numerics import accumulation_dtype, widen
@@ -67,14 +70,38 @@ def reduce(
     total = jnp.sum(losses)
     if reduction == "sum":
         return total
-    if label_weight is not None:
-        label_weight = keep(counts, label_weight.astype(losses.dtype))
-        weights = label_weight if weights is None else weights * label_weight
-    if weights is not None:
-        return divide_or_zero(total, jnp.sum(weights))
-    if counts is not None:
-        return divide_or_zero(total, jnp.sum(counts, dtype=losses.dtype))
-    return total / max(losses.size, 1)
+    return divide_or_zero(total, _total_weight(counts, weights, label_weight, losses.shape, losses.dtype))
+
+
+def scale_of_rows(
+    counts: Array | None,
+    weights: Array | None,
+    reduction: str,
+    label_weight: Array | None,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> Array:
+    """`[...]`: the factors with which `reduce` adds up losses, known before any of them."""
+    scale = jnp.ones(shape, dtype) if weights is None else weights.astype(dtype)
+    scale = keep(counts, scale)
+    if reduction == "sum":
+        return scale
+    return divide_or_zero(scale, _total_weight(counts, weights, label_weight, shape, scale.dtype))
+
+
+def _total_weight(
+    counts: Array | None,
+    weights: Array | None,
+    label_weight: Array | None,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> Array:
+    """What a mean divides by."""
+    factors = [x.astype(dtype) for x in (weights, label_weight) if x is not None]
+    if not factors and counts is None:
+        return jnp.asarray(math.prod(shape), dtype)
+    factor = math.prod(factors[1:], start=factors[0]) if factors else jnp.ones(shape, dtype)
+    return jnp.sum(keep(counts, factor))
 
 
 def divide_or_zero(total: Array, weight: Array) -> Array:

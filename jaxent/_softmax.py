@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import _contracts as contracts
-from ._logits import dense
+from ._logits import sources
+from ._logits.linear import LinearLogits
 from ._numerics import product_or_zero
-from ._objective import available_statistics, objective, prepare
+from ._objective import objective, prepare
 from ._reduction import keep
 from ._statistics import SoftmaxStatistics
+from ._tracing import available_statistics
 
 
 def softmax_cross_entropy(
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array,
     *,
     axis: int = -1,
@@ -100,7 +102,7 @@ def softmax_cross_entropy(
 
 
 def softmax_focal_loss(
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array,
     *,
     gamma: float = 2.0,
@@ -186,7 +188,7 @@ def softmax_focal_loss(
 
 
 def softmax_poly_loss(
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array,
     *,
     epsilon: float = 1.0,
@@ -273,7 +275,7 @@ def softmax_poly_loss(
 
 def softmax_loss(
     fn: Callable[..., Array],
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array | None,
     *row_args: Any,
     axis: int = -1,
@@ -349,7 +351,7 @@ def softmax_loss(
 
 
 def softmax_statistics(
-    logits: Array,
+    logits: Array | LinearLogits,
     labels: Array | None = None,
     *,
     names: Sequence[str] | None = None,
@@ -411,7 +413,7 @@ def softmax_statistics(
         remedy = "Some need (integer) labels."
         contracts.check_option(function, "names", names, known, f"some of {available}", remedy)
     wanted = tuple(name for name in available if names is None or name in names)
-    statistics = dense.statistics(wanted, block, counts)
+    statistics = sources.statistics(wanted, block, counts)
     return jax.tree.map(lambda x: keep(counts, x), statistics)
 
 

@@ -100,6 +100,7 @@ class Partial(NamedTuple):
     rest: Array  # r
     spread: Array | None = None  # sum_j e_j (m - z_j): entropy = log1p(r) + spread / T
     label_logit: Array | None = None  # z_y, -inf where the label is in another block
+    label_weight: Array | None = None  # w_y, 0 where the label is in another block
     distribution: Moments | None = None
     weighted: Moments | None = None
     uniform: Moments | None = None
@@ -151,7 +152,7 @@ def partial_statistics(
     z = block.wide_logits()
     m, r = max_and_rest(z)
     finite_m = jnp.where(m == -jnp.inf, 0, m)[..., None]
-    spread = label_logit = distribution = weighted = uniform = classes = None
+    spread = label_logit = label_weight = distribution = weighted = uniform = classes = None
 
     def moments(t: Array) -> Moments:
         t = t.astype(z.dtype)
@@ -165,6 +166,8 @@ def partial_statistics(
         spread = jnp.sum(product_or_zero(e, finite_m - z), -1)
     if block.label is not None and any(name in names for name in ("log_prob", "weighted_log_prob")):
         label_logit = select_label(z, block)
+        if "weighted_log_prob" in names and block.class_weights is not None:
+            label_weight = take_class(block.class_weights, block.label)
     if block.distribution is not None and "log_prob" in names:
         distribution = moments(block.distribution)
     if block.distribution is not None and "weighted_log_prob" in names:
@@ -173,7 +176,18 @@ def partial_statistics(
         uniform = moments(block.uniform(z.dtype))
         in_force = jnp.ones((), bool) if block.class_mask is None else block.class_mask
         classes = jnp.sum(jnp.broadcast_to(in_force, z.shape), -1, dtype=z.dtype)
-    return Partial(m, r, spread, label_logit, distribution, weighted, uniform, classes)
+    return Partial(m, r, spread, label_logit, label_weight, distribution, weighted, uniform, classes)
+
+
+def identity(like: Partial) -> Partial:
+    """The partial statistics of no class at all, of the shapes and dtypes of `like`."""
+
+    def fill(value: float, x: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), x)
+
+    return fill(0, like)._replace(
+        max=fill(-jnp.inf, like.max), rest=fill(-1, like.rest), label_logit=fill(-jnp.inf, like.label_logit)
+    )
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -209,6 +223,7 @@ def merge(a: Partial, b: Partial) -> Partial:
         rest=rest,
         spread=both("spread", lambda *_: shifted_spread(a) + shifted_spread(b)),
         label_logit=both("label_logit", jnp.maximum),
+        label_weight=both("label_weight", jnp.add),
         distribution=both("distribution", add_moments),
         weighted=both("weighted", add_moments),
         uniform=both("uniform", add_moments),
@@ -231,7 +246,7 @@ def poison(whole: Partial, label: Array | None) -> Partial:
     return whole._replace(max=jnp.where(ok, whole.max, jnp.nan))
 
 
-def finish(names: tuple[str, ...], whole: Partial, block: Block) -> dict[str, Array]:
+def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
     """The real-valued statistics `names` from partial statistics over all classes."""
     m, r = whole.max, whole.rest
     log_t = jnp.log1p(r) + (m - m)  # NaN where m is
@@ -244,8 +259,8 @@ def finish(names: tuple[str, ...], whole: Partial, block: Block) -> dict[str, Ar
         match name:
             case "log_prob" | "weighted_log_prob" if whole.label_logit is not None:
                 found[name] = -((m - whole.label_logit) + log_t)
-                if name == "weighted_log_prob" and block.class_weights is not None:
-                    found[name] *= take_class(block.class_weights, block.label)
+                if name == "weighted_log_prob" and whole.label_weight is not None:
+                    found[name] *= whole.label_weight
             case "log_prob":
                 found[name] = expectation(whole.distribution)
             case "weighted_log_prob":
@@ -260,8 +275,9 @@ def finish(names: tuple[str, ...], whole: Partial, block: Block) -> dict[str, Ar
 
 
 def take_class(x: Array, label: Array) -> Array:
-    """x[label] of `[V]` values; 0 for a label of -1."""
-    return jnp.where(label >= 0, x[jnp.maximum(label, 0)], 0)
+    """x[label] of `[V]` values; 0 for a label outside [0, V)."""
+    lane = jnp.clip(label, 0, x.shape[0] - 1)
+    return jnp.where(label == lane, x[lane], 0)
 
 
 def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict[str, Array]) -> Array:
@@ -300,7 +316,7 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
         if block.label is not None:
             scale = g[name]
             if weighted:
-                scale = scale * take_class(block.class_weights, block.label)[..., None]
+                scale = scale * whole.label_weight[..., None]
             e_y = exp_difference(whole.label_logit, whole.max)[..., None]
             terms.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
         else:

@@ -42,16 +42,16 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
 
 
 def _whole(names: tuple[str, ...], block: Block) -> Partial:
-    return poison(partial_statistics(names, block, _max_and_rest, _select_label), block.label)
+    return poison(partial_statistics(names, block, platform_max_and_rest, platform_select_label), block.label)
 
 
 def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[str, Array]:
-    return finish(names, _whole(names, block), block)
+    return finish(names, _whole(names, block))
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
     whole = _whole(names, _hide(block, counts))
-    found = finish(names, whole, block)
+    found = finish(names, whole)
     return found, (block, whole, found.get("entropy"), counts)
 
 
@@ -90,19 +90,20 @@ _real_statistics = with_forward_mode(_rule)
 
 
 @detached_max
-def _max_and_rest(z: Array) -> tuple[Array, Array]:
+def platform_max_and_rest(z: Array) -> tuple[Array, Array]:
     if jax.device_count() > 1:
         return max_and_rest(z)
     return lax.platform_dependent(z, cpu=_max_and_rest_on_cpu, default=max_and_rest)
 
 
-def _select_label(z: Array, block: Block) -> Array:
+def platform_select_label(z: Array, block: Block) -> Array:
     if jax.device_count() > 1:
         return select_label(z, block)
 
     def gather(z: Array, label: Array) -> Array:
-        found = jnp.take_along_axis(z, jnp.maximum(label, 0)[..., None], -1, mode="promise_in_bounds")
-        return found[..., 0]
+        lane = jnp.clip(label, 0, z.shape[-1] - 1)
+        found = jnp.take_along_axis(z, lane[..., None], -1, mode="promise_in_bounds")[..., 0]
+        return jnp.where(label == lane, found, -jnp.inf)
 
     def select(z: Array, label: Array) -> Array:
         return select_label(z, Block(z, label))
@@ -112,10 +113,12 @@ def _select_label(z: Array, block: Block) -> Array:
 
 def _max_and_rest_on_cpu(z: Array) -> tuple[Array, Array]:
     size = _group_size(z.shape[-1])
-    if size is not None:
-        return _max_and_rest_by_groups(size, z)
-    m = jnp.max(z, -1)
-    return m, jnp.where(m == -jnp.inf, -1, _rest(z, m[..., None]))
+    if size is None:
+        m = jnp.max(z, -1)
+        r = _rest(z, m[..., None])
+    else:
+        m, r = _max_and_rest_by_groups(size, z)
+    return m, jnp.where(m == -jnp.inf, -1, r)
 
 
 @functools.cache

@@ -1,0 +1,292 @@
+"""Linear logits in blocks of rows, each with all its classes: 3 matmuls for a weighted sum, 4 for results per row.
+
+A block function maps the logits `[R, V]` of R rows, of one or more linear layers, and whatever else belongs to these
+rows to results `[R]`. jax differentiates it, block by block.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .._derivatives import Moving, instantiate, values_and_moving, varying_like, with_forward_mode
+from .._numerics import accumulation_dtype
+from .._reduction import keep
+from .linear import LinearLogits, from_product, hidden_gradient, kernel_gradient, operand, product
+
+
+class Inputs(NamedTuple):
+    """Of all rows, or of a block of them. As a result of differentiation: gradients, None where none is wanted."""
+
+    layers: tuple[LinearLogits, ...]  # hidden [N, D], each with a D of its own; kernels to the same classes
+    counts: Array | None  # bool [N]
+    rows: Any  # pytree of [N, ...]
+    shared: Any  # pytree of what all rows have in common
+
+
+# fn(logits of each layer, counts, rows, shared) -> (real results, integer results), pytrees of [R]
+BlockFunction = Callable[[tuple[Array, ...], Array | None, Any, Any], tuple[Any, Any]]
+Static = tuple[BlockFunction, int]  # and how many rows a block has
+
+
+def map_rows(fn: BlockFunction, size: int, inputs: Inputs) -> tuple[Any, Any]:
+    """`fn` of all rows: results `[N]`, 0 in rows that do not count."""
+    return _mapped((fn, size), varying_like(inputs, inputs))
+
+
+def sum_rows(fn: BlockFunction, size: int, inputs: Inputs, weights: Array) -> Array:
+    """sum_n weights_n fn(...)_n, with `weights` `[N]` and one real result."""
+    return _summed((fn, size), *varying_like((inputs, weights), (inputs, weights)))
+
+
+# Results per row: the cotangents come later, so the backward computes the logits once more.
+
+
+def _mapped_primal(static: Static, inputs: Inputs) -> tuple[Any, Any]:
+    return _evaluate(static, inputs)
+
+
+def _mapped_forward(static: Static, inputs: Any) -> tuple[Any, Any]:
+    inputs, moving = values_and_moving(inputs)
+    return _evaluate(static, inputs), (inputs, moving)
+
+
+def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
+    inputs, moving = residuals
+    _, gradients = _differentiate((*static, moving), inputs, instantiate(g[0]))
+    return (_cast(gradients, _Dtypes.of(inputs)),)
+
+
+_mapped = jax.custom_vjp(_mapped_primal, nondiff_argnums=(0,))
+_mapped.defvjp(_mapped_forward, _mapped_backward, symbolic_zeros=True)
+
+
+# A sum: each row's cotangent is its weight times one number. That comes later, but is only a factor: the forward
+# rule makes the gradients while it has the logits, and the backward multiplies them.
+
+
+def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> Array:
+    losses, _ = _evaluate(static, inputs)
+    return jnp.vdot(weights, losses)
+
+
+def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, Any]:
+    inputs, moving = values_and_moving(inputs)
+    weights = weights.value
+    (losses, _), gradients = _differentiate((*static, moving), inputs, weights)
+    dtypes = _Dtypes.of(inputs)
+    return jnp.vdot(weights, losses), (_cast(gradients, dtypes.stored()), losses, dtypes)
+
+
+def _summed_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs, Array]:
+    gradients, losses, dtypes = residuals
+    g = instantiate(g)
+    return _cast(jax.tree.map(lambda x: g * x, gradients), dtypes), g * losses
+
+
+_summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))
+_summed_rule.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+_summed = with_forward_mode(_summed_rule)
+
+
+# The loop over blocks.
+
+
+def _stopping_early(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(stop_early, static, inputs, ...)` that leaves out blocks in which no row counts.
+
+    The number of blocks is then a traced one, through which jax has no reverse mode; so derivatives (second ones:
+    `run` is what rules are made of) are those of the loop over all blocks.
+    """
+    stopping = jax.custom_jvp(functools.partial(run, True), nondiff_argnums=(0,))
+
+    @stopping.defjvp
+    def jvp(static: Any, primals: Any, tangents: Any) -> Any:
+        return jax.jvp(functools.partial(run, False, static), primals, tangents)
+
+    def function(static: Any, inputs: Inputs, *arrays: Any) -> Any:
+        if inputs.counts is None:
+            return run(False, static, inputs, *arrays)
+        return stopping(static, inputs, *arrays)
+
+    return function
+
+
+@_stopping_early
+def _evaluate(stop_early: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
+    fn, size = static
+    blocks = _Blocks(inputs, size, stop_early)
+
+    def results(i: Any) -> Any:
+        layers, counts, rows, shared = blocks.take(i)
+        logits = tuple(from_product(layer, product(layer)) for layer in layers)
+        return jax.tree.map(lambda x: keep(counts, x), fn(logits, counts, rows, shared))
+
+    def body(i: Any, found: Any) -> Any:
+        return blocks.put(found, i, results(i))
+
+    return blocks.loop(body, blocks.zeros(jax.eval_shape(results, 0)))
+
+
+@_stopping_early
+def _differentiate(
+    stop_early: bool, static: tuple[BlockFunction, int, Moving], inputs: Inputs, g: Any
+) -> tuple[Any, Inputs]:
+    """The results, and the gradients of sum(g * real results), summed in the accumulation dtype."""
+    fn, size, moving = static
+    blocks = _Blocks(inputs, size, stop_early)
+    is_moving: Inputs = moving.tree(inputs)
+
+    def step(i: Any) -> tuple[Any, Inputs]:
+        block = blocks.take(i)
+
+        def of_moving(products: Any, rows: Any, shared: Any) -> Any:
+            logits = tuple(from_product(*pair) for pair in zip(block.layers, products, strict=True))
+            rows = _merge(is_moving.rows, rows, block.rows)
+            shared = _merge(is_moving.shared, shared, block.shared)
+            return fn(logits, block.counts, rows, shared)
+
+        rows, shared = _only(is_moving.rows, block.rows), _only(is_moving.shared, block.shared)
+        products = tuple(map(product, block.layers))
+        real, vjp, integers = jax.vjp(of_moving, products, rows, shared, has_aux=True)
+        cotangent = jax.tree.map(
+            lambda x, real: keep(block.counts, blocks.rows_of(x, i)).astype(real.dtype), g, real
+        )
+        d_products, d_rows, d_shared = vjp(cotangent)
+        d_layers = tuple(map(_layer_gradient, is_moving.layers, block.layers, d_products))
+        results = jax.tree.map(lambda x: keep(block.counts, x), (real, integers))
+        return results, Inputs(d_layers, None, d_rows, d_shared)
+
+    def body(i: Any, carry: Any) -> Any:
+        found, total = carry
+        results, gradients = step(i)
+        return blocks.put(found, i, results), blocks.add(total, i, gradients)
+
+    results, gradients = jax.eval_shape(step, 0)
+    return blocks.loop(body, (blocks.zeros(results), blocks.zero_gradients(gradients)))
+
+
+def _layer_gradient(is_moving: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
+    dz = operand(block, d_product)
+    hidden = hidden_gradient(block, dz).astype(_stored(block.hidden.dtype)) if is_moving.hidden else None
+    kernel = kernel_gradient(block, dz) if is_moving.kernel else None
+    bias = jnp.sum(d_product, 0) if is_moving.bias else None
+    return dataclasses.replace(block, hidden=hidden, kernel=kernel, bias=bias)
+
+
+class _Blocks:
+    """N rows, `size` at a time: those that count first, in their order."""
+
+    def __init__(self, inputs: Inputs, size: int, stop_early: bool):
+        rows = inputs.layers[0].hidden.shape[0]
+        self.inputs, self.size = inputs, size
+        self.number: Any = -(-rows // size)
+        self.order = None
+        if inputs.counts is not None:
+            self.order = jnp.argsort(~inputs.counts, stable=True)
+            if stop_early:
+                self.number = (jnp.sum(inputs.counts, dtype=jnp.int32) + (size - 1)) // size
+        elif rows % size:
+            self.order = jnp.arange(rows)
+        if self.order is not None:  # row numbers from N on fill the last block
+            self.order = jnp.append(self.order, jnp.arange(rows, -(-rows // size) * size)).astype(jnp.int32)
+
+    def take(self, i: Any) -> Inputs:
+        layers, counts, rows, shared = self.inputs
+        if self.order is not None:
+            here = self._index(i) < layers[0].hidden.shape[0]
+            counts = here if counts is None else here & self.rows_of(counts, i)
+
+        def of_layer(layer: LinearLogits) -> LinearLogits:
+            # a zero in place of what is hidden: it will be multiplied by a zero gradient
+            hidden = keep(None if counts is None else counts[:, None], self.rows_of(layer.hidden, i))
+            return dataclasses.replace(layer, hidden=hidden)
+
+        return Inputs(tuple(map(of_layer, layers)), counts, self.rows_of(rows, i), shared)
+
+    def rows_of(self, tree: Any, i: Any) -> Any:
+        if self.order is None:
+            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * self.size, self.size), tree)
+        index = self._index(i)
+        return jax.tree.map(lambda x: x.at[index].get(mode="clip"), tree)
+
+    def put(self, total: Any, i: Any, block: Any) -> Any:
+        if self.order is None:
+            return jax.tree.map(
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * self.size, 0), total, block
+            )
+        index = self._index(i)
+        return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop", unique_indices=True), total, block)
+
+    def add(self, total: Inputs, i: Any, block: Inputs) -> Inputs:
+        def plus(x: Any, y: Any) -> Any:
+            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
+
+        def of_layer(total: LinearLogits, block: LinearLogits) -> LinearLogits:
+            hidden = self.put(total.hidden, i, block.hidden)
+            kernel, bias = plus((total.kernel, total.bias), (block.kernel, block.bias))
+            return dataclasses.replace(total, hidden=hidden, kernel=kernel, bias=bias)
+
+        layers = tuple(map(of_layer, total.layers, block.layers))
+        return Inputs(layers, None, self.put(total.rows, i, block.rows), plus(total.shared, block.shared))
+
+    def zeros(self, of_block: Any) -> Any:
+        rows = self.inputs.layers[0].hidden.shape[0]
+        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), of_block)
+
+    def zero_gradients(self, of_block: Inputs) -> Inputs:
+        def sums(tree: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), tree)
+
+        def of_layer(layer: LinearLogits) -> LinearLogits:
+            kernel, bias = sums((layer.kernel, layer.bias))
+            return dataclasses.replace(layer, hidden=self.zeros(layer.hidden), kernel=kernel, bias=bias)
+
+        layers, _, rows, shared = of_block
+        return Inputs(tuple(map(of_layer, layers)), None, self.zeros(rows), sums(shared))
+
+    def loop(self, body: Callable[[Any, Any], Any], init: Any) -> Any:
+        return lax.fori_loop(0, self.number, body, varying_like(self.inputs, init))
+
+    def _index(self, i: Any) -> Array:
+        return lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+
+
+# What is differentiated, and in which dtype its gradient leaves.
+
+
+def _only(is_moving: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda moves, x: x if moves else None, is_moving, tree)
+
+
+def _merge(is_moving: Any, moved: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda moves, new, x: new if moves else x, is_moving, moved, tree)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Dtypes:
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "_Dtypes":
+        leaves, treedef = jax.tree.flatten(inputs)
+        return cls(treedef, tuple(x.dtype for x in leaves))
+
+    def stored(self) -> "_Dtypes":
+        return _Dtypes(self.treedef, tuple(map(_stored, self.leaves)))
+
+
+def _stored(dtype: Any) -> Any:
+    """float16 would lose what a loss scale, which comes with the cotangent, is there to save."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def _cast(gradients: Inputs, dtypes: _Dtypes) -> Inputs:
+    tree = jax.tree.unflatten(dtypes.treedef, dtypes.leaves)
+    return jax.tree.map(lambda dtype, d: None if d is None else d.astype(dtype), tree, gradients)

@@ -1,0 +1,109 @@
+"""Statistics and losses of rows, wherever their logits come from."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
+from . import class_blocks, dense, row_blocks
+from .linear import LinearLogits
+from .plan import plan
+from .row_blocks import Inputs
+
+
+def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
+    """The statistics `names` of rows; the gradient of a row that does not count is exactly 0."""
+    if not isinstance(block.logits, LinearLogits):
+        return dense.statistics(names, block, counts)
+    if not names:
+        return SoftmaxStatistics()
+    rows = block.logits.shape[:-1]
+    if 0 in rows:
+        return dense.statistics(names, block._replace(logits=block.logits.dense()), counts)
+    block, counts = _flat(block), flat_rows(counts, rows)
+    size = rows_at_a_time(block.logits)
+    if size is None:
+        found = class_blocks.statistics(names, _plan(block.logits).classes, block, counts)
+    else:
+        own, shared = _own_and_shared(block)
+
+        def fn(logits: tuple[Array], counts: Array | None, own: Any, shared: Any) -> Any:
+            found = vars(dense.statistics(names, _join(logits[0], own, shared), counts))
+            real = {name: found[name] for name in names if name not in INTEGER_STATISTICS}
+            return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
+
+        real, integers = row_blocks.map_rows(fn, size, Inputs((block.logits,), counts, own, shared))
+        found = SoftmaxStatistics(**real, **integers)
+    return jax.tree.map(lambda x: x.reshape(rows), found)
+
+
+def weighted_sum(
+    fn: Callable[[SoftmaxStatistics, Array | None, Any, Any], Array],
+    size: int,
+    names: tuple[str, ...],
+    block: Block,
+    counts: Array | None,
+    weights: Array,
+    rows: Any,
+    shared: Any,
+) -> Array:
+    """sum_n weights_n fn(statistics, counts, rows, shared)_n of linear logits, `size` rows at a time.
+
+    `fn` sees `[size]` rows and must take each by itself; what it closes over is not differentiated.
+    """
+    leading = block.logits.shape[:-1]
+    block = _flat(block)
+    counts, weights, rows = flat_rows((counts, weights, rows), leading)
+
+    def of_block(logits: tuple[Array], counts: Array | None, rows: Any, shared: Any) -> Any:
+        found = dense.statistics(names, _join(logits[0], rows[0], shared[0]), counts)
+        return fn(found, counts, rows[1], shared[1]), ()
+
+    own, common = _own_and_shared(block)
+    inputs = Inputs((block.logits,), counts, (own, rows), (common, shared))
+    return row_blocks.sum_rows(of_block, size, inputs, weights)
+
+
+def rows_at_a_time(logits: LinearLogits) -> int | None:
+    """How many rows a block has, with all classes; None where blocks of classes are better."""
+    best = _plan(logits)
+    return best.rows if best.classes == logits.shape[-1] else None
+
+
+def _plan(logits: LinearLogits) -> Any:
+    *rows, features = logits.hidden.shape
+    return plan(
+        math.prod(rows), features, logits.shape[-1], logits.block_bytes, logits.dtype.itemsize
+    )
+
+
+def flat_rows(tree: Any, rows: tuple[int, ...]) -> Any:
+    """Arrays `[*rows, ...]` as `[N, ...]`."""
+    return jax.tree.map(lambda x: x.reshape(math.prod(rows), *x.shape[len(rows) :]), tree)
+
+
+def _flat(block: Block) -> Block:
+    logits = block.logits
+    rows = logits.shape[:-1]
+    hidden, label, distribution = flat_rows((logits.hidden, block.label, block.distribution), rows)
+    mask = block.class_mask
+    mask = flat_rows(mask, rows) if mask is not None and mask.ndim > 1 else mask
+    logits = dataclasses.replace(logits, hidden=hidden)
+    return Block(logits, label, distribution, block.class_weights, mask)
+
+
+def _own_and_shared(block: Block) -> tuple[Any, Any]:
+    """Everything but the logits: what belongs to the rows, and what they have in common."""
+    mask = block.class_mask
+    of_rows, of_all = (None, mask) if mask is None or mask.ndim == 1 else (mask, None)
+    return (block.label, block.distribution, of_rows), (block.class_weights, of_all)
+
+
+def _join(logits: Array, own: Any, shared: Any) -> Block:
+    label, distribution, of_rows = own
+    class_weights, of_all = shared
+    return Block(logits, label, distribution, class_weights, of_all if of_rows is None else of_rows)
