@@ -25,6 +25,9 @@ WRONG, RIGHT = "tab:red", "tab:blue"
 # Compiled once for all panels. Uncompiled, a loss also checks the values of NumPy labels: see `error_of`.
 softmax_cross_entropy = jax.jit(jaxent.softmax_cross_entropy)
 sigmoid_cross_entropy = jax.jit(jaxent.sigmoid_cross_entropy)
+softmax_entropy = jax.jit(jaxent.softmax_entropy)
+softmax_kl_divergence = jax.jit(jaxent.softmax_kl_divergence)
+nll_loss = jax.jit(jaxent.nll_loss)
 
 
 def train(loss, labels, outputs, steps=100):
@@ -223,9 +226,9 @@ def one_loss_many_names(ax, pixels, digits, trained):
     target_logits = 0.3 * trained["logits"] + jax.nn.one_hot(digits, 10)  # [N, 10], a teacher
     target = jax.nn.softmax(target_logits)  # [N, 10]
     cross_entropy = softmax_cross_entropy(logits, target)  # [N]
-    entropy = jaxent.softmax_entropy(target_logits)  # [N]
-    divergence = jaxent.softmax_kl_divergence(logits, target_logits)  # [N]
-    likelihood = jaxent.nll_loss(jax.nn.log_softmax(logits), digits)  # [N]
+    entropy = softmax_entropy(target_logits)  # [N]
+    divergence = softmax_kl_divergence(logits, target_logits)  # [N]
+    likelihood = nll_loss(jax.nn.log_softmax(logits), digits)  # [N]
     gap = jnp.abs(cross_entropy - entropy - divergence).max()
     ax.plot(cross_entropy - entropy, divergence, ".", color=RIGHT, markersize=4)
     top = float(divergence.max())

@@ -12,7 +12,7 @@ Shapes: N images, D = 64 pixels, H hidden units, V outputs.
 import argparse
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ HIDDEN, BATCH, LEARNING_RATE, WEIGHT_DECAY, EVERY = 256, 128, 5e-3, 0.1, 20
 # ---------------------------------------------------------------------------------------------- the data
 
 
+@cache
 def load(test_fraction=0.2):
     """Pixels in [0, 1] and digits, split once and for all into (train, test)."""
     pixels, digits = load_digits(return_X_y=True)  # [1797, D] in 0..16, [1797] in 0..9

@@ -18,9 +18,9 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     map, which the rule states already, so nothing is derived twice. Under reverse mode jax transposes the tangent
     map, which gives the backward map again; `checkpoint` keeps what the rule saved as the only residuals.
 
-    Integer results are allowed; they have no derivative. What is not differentiated (integer labels, a frozen kernel) is closed over, so its part of the backward is
-    never built. The forward rule must not call `rule` itself, and the backward must be linear in its cotangents:
-    no comparison of them, no added constant.
+    What is not differentiated (integer labels, a frozen kernel) is closed over, so its part of the backward is
+    never built. Integer results are allowed; they have no derivative. The forward rule must not call `rule` itself,
+    and the backward must be linear in its cotangents: no comparison of them, no added constant, no loop.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -112,3 +112,18 @@ def instantiate(tree: Any) -> Any:
         return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
     return jax.tree.map(zeros, tree, is_leaf=lambda x: isinstance(x, SymbolicZero))
+
+
+def stopping_early(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(stop, static, *arrays)`, a loop that may stop after a traced number of steps, as a function that does.
+
+    jax has no reverse mode through such a loop; so where it is differentiated (`run` is what rules are made of, so
+    that is for second derivatives) it takes all steps, of which the last ones give zeros.
+    """
+    function = jax.custom_jvp(functools.partial(run, True), nondiff_argnums=(0,))
+
+    @function.defjvp
+    def jvp(static: Any, primals: Any, tangents: Any) -> Any:
+        return jax.jvp(functools.partial(run, False, static), primals, tangents)
+
+    return function

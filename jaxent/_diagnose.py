@@ -101,7 +101,7 @@ def diagnose(logits: Any, labels: Any, *, loss: str = "softmax_cross_entropy") -
 
     Args:
         logits: what the loss gets first (logits, probabilities or log-probabilities, as `loss` wants them),
-            `[..., V]`.
+            `[..., V]`. A `LinearLogits` is built.
         labels: what the loss gets second, in any shape and dtype, right or wrong.
         loss: the name of a loss that takes logits, probs or log_probs, and labels. The class axis is last.
 
@@ -125,6 +125,8 @@ def diagnose(logits: Any, labels: Any, *, loss: str = "softmax_cross_entropy") -
     if loss not in _LOSSES:
         raise ValueError(f"jaxent.diagnose: `loss` must be one of {', '.join(_LOSSES)}, but is {loss!r}.")
     argument = _LOSSES[loss]
+    if hasattr(logits, "dense"):
+        logits = logits.dense()
     (x, kind), (y, y_kind) = _read(argument, logits), _read("labels", labels)
     elementwise = loss.startswith(("sigmoid", "binary"))
     classes = x.shape[-1] if x.ndim else 0

@@ -10,14 +10,18 @@ from jax import Array
 
 from . import _contracts as contracts
 from ._derivatives import with_forward_mode
+from ._logits import sources
+from ._logits.linear import LinearLogits
 from ._numerics import accumulation_dtype, exp_difference, lowest, product_or_zero
-from ._objective import check_class_mask, objective
-from ._reduction import keep_gradient, reduce, row_weights
+from ._objective import check_class_mask, check_logits, objective
+from ._reduction import keep_gradient, reduce, row_weights, scale_of_rows
 from ._statistics import max_and_rest
+
+ARRAYS = 20  # of the size of a block of logits, that a divergence and its gradients need at a time
 
 
 def softmax_entropy(
-    logits: Array,
+    logits: Array | LinearLogits,
     *,
     axis: int = -1,
     where: Array | None = None,
@@ -76,8 +80,8 @@ def softmax_entropy(
 
 
 def softmax_kl_divergence(
-    logits: Array,
-    target_logits: Array,
+    logits: Array | LinearLogits,
+    target_logits: Array | LinearLogits,
     *,
     temperature: float = 1.0,
     axis: int = -1,
@@ -137,8 +141,8 @@ def softmax_kl_divergence(
 
 
 def softmax_js_divergence(
-    logits: Array,
-    target_logits: Array,
+    logits: Array | LinearLogits,
+    target_logits: Array | LinearLogits,
     *,
     temperature: float = 1.0,
     axis: int = -1,
@@ -196,8 +200,8 @@ def softmax_js_divergence(
 
 def _divergence(
     function: str,
-    logits: Array,
-    target_logits: Array,
+    logits: Array | LinearLogits,
+    target_logits: Array | LinearLogits,
     temperature: float,
     axis: int,
     where: Array | None,
@@ -206,11 +210,15 @@ def _divergence(
     reduction: str,
 ) -> Array:
     contracts.check_reduction(function, reduction)
-    contracts.check_logits(function, logits, axis)
-    contracts.check_logits(function, target_logits, axis, "target_logits")
+    check_logits(function, logits, axis)
+    check_logits(function, target_logits, axis, "target_logits")
     shape = np.shape(logits)
     remedy = "Logits are never broadcast: use `jnp.broadcast_to` if you mean it."
-    contracts.check_shape(function, "target_logits", target_logits, shape, "that of `logits`", remedy)
+    if np.shape(target_logits) != shape:
+        expected = f"of shape {list(shape)} (that of `logits`)"
+        contracts.fail(
+            ValueError, function, "target_logits", expected, contracts.describe(target_logits), remedy
+        )
     contracts.check_number(
         function, "temperature", temperature, 0, math.inf, "1 leaves the logits as they are."
     )
@@ -222,9 +230,46 @@ def _divergence(
         check_class_mask(function, class_mask, shape, shape[axis])
         class_mask = jnp.asarray(class_mask)
         class_mask = class_mask if class_mask.ndim == 1 else jnp.moveaxis(class_mask, axis, -1)
-    z_p, z_q = (jnp.moveaxis(jnp.asarray(z), axis, -1) for z in (logits, target_logits))
+    both = tuple(
+        z if isinstance(z, LinearLogits) and z.hidden.size else jnp.moveaxis(_array(z), axis, -1)
+        for z in (logits, target_logits)
+    )
     static = ("kl" if function == "softmax_kl_divergence" else "js", float(temperature))
-    return reduce(_rows_divergence(static, z_p, z_q, class_mask, counts), counts, weights, reduction)
+    if any(isinstance(z, LinearLogits) for z in both):
+        return _by_blocks(static, both, class_mask, counts, weights, reduction)
+    return reduce(_rows_divergence(static, *both, class_mask, counts), counts, weights, reduction)
+
+
+def _array(z: Array | LinearLogits) -> Array:
+    return z.dense() if isinstance(z, LinearLogits) else jnp.asarray(z)
+
+
+def _by_blocks(
+    static: "Static",
+    both: tuple[Array | LinearLogits, ...],
+    class_mask: Array | None,
+    counts: Array | None,
+    weights: Array | None,
+    reduction: str,
+) -> Array:
+    """One or both of them linear: block by block of rows, with all classes."""
+    is_linear = [isinstance(z, LinearLogits) for z in both]
+    per_row = class_mask is not None and class_mask.ndim > 1
+    dense = [z for z in both if not isinstance(z, LinearLogits)]
+
+    def fn(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
+        from_layers, arrays = iter(logits), iter(rows[0])
+        z_p, z_q = (next(from_layers if linear else arrays) for linear in is_linear)
+        return _rows_divergence(static, z_p, z_q, rows[1] if per_row else shared, counts), ()
+
+    layers = tuple(z for z in both if isinstance(z, LinearLogits))
+    of_rows, of_all = (dense, class_mask if per_row else None), None if per_row else class_mask
+    rows, dtype = layers[0].shape[:-1], accumulation_dtype(*(z.dtype for z in both))
+    scale = None
+    if reduction != "none":
+        scale = scale_of_rows(counts, weights, reduction, None, rows, dtype)
+    found = sources.by_blocks_of_rows(fn, ARRAYS, layers, counts, of_rows, of_all, scale)
+    return found if scale is not None else reduce(found, counts, weights, "none")
 
 
 Static = tuple[str, float]

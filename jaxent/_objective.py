@@ -85,7 +85,9 @@ def _by_blocks(
     size = sources.rows_at_a_time(logits)
     if size is None or not rows or 0 in rows or not names:
         return None
-    everything = jax.make_jaxpr(functools.partial(call, rows))(example(names, rows, logits.dtype), own, of_all)
+    everything = jax.make_jaxpr(functools.partial(call, rows))(
+        example(names, rows, logits.dtype), own, of_all
+    )
     of_rows = len(names) + len(jax.tree.leaves(own))
     is_of_row = [i < of_rows for i in range(len(everything.jaxpr.invars))]
     if not takes_rows_apart(everything, rows, is_of_row):
@@ -208,7 +210,7 @@ def _split_arguments(row_args: Any, rows: tuple[int, ...]) -> tuple[list[Any], l
     leaves, treedef = jax.tree.flatten(row_args)
     is_of_row = [np.shape(x)[: len(rows)] == rows for x in leaves]
     of_rows = [jnp.asarray(x) for x, of_row in zip(leaves, is_of_row, strict=True) if of_row]
-    of_all = [x for x, of_row in zip(leaves, is_of_row, strict=True) if not of_row]
+    of_all = [jnp.asarray(x) for x, of_row in zip(leaves, is_of_row, strict=True) if not of_row]
 
     def join(of_rows: list[Any], of_all: list[Any]) -> Any:
         some, others = iter(of_rows), iter(of_all)

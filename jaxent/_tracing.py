@@ -1,6 +1,5 @@
 """What a function of row statistics reads, closes over and mixes, found by tracing it."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -96,7 +95,9 @@ ELEMENTWISE = frozenset(
     "min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square "
     "stop_gradient sub tan tanh xor".split()
 )
-REDUCTIONS = frozenset("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
+REDUCTIONS = frozenset(
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
+)
 SCANS = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())
 
 # How a value depends on the row: OF_ROW has the rows in front, SAME is the same for all of them, MIXED is unknown.
@@ -140,7 +141,9 @@ def _of_equation(equation: Any, inputs: list[str], rows: tuple[int, ...]) -> lis
     if MIXED in inputs:
         kind = MIXED
     elif OF_ROW not in inputs:
-        if name in ELEMENTWISE or (name == "broadcast_in_dim" and min(params["broadcast_dimensions"], default=k) >= k):
+        if name in ELEMENTWISE or (
+            name == "broadcast_in_dim" and min(params["broadcast_dimensions"], default=k) >= k
+        ):
             kind = SAME
         else:
             return [_constant(var.aval, rows) for var in equation.outvars]

@@ -23,6 +23,7 @@ LAYERS = [
     {"_reduction"},
     {"_statistics"},
     {"_logits"},
+    {"_tracing"},
     {"_objective"},
     {"_softmax", "_sigmoid", "_probability", "_divergences"},
     {"_diagnose"},

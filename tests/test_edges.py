@@ -1,5 +1,7 @@
 """Hostile input, line by line of the table in the documentation: what is poisoned, what is gone, what raises."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ import oracle
 NAN, INF = np.nan, np.inf
 MAX = float(np.finfo(np.float32).max)
 LOSSES = ("softmax_cross_entropy", "softmax_focal_loss", "softmax_poly_loss")
-COMPILED = jax.jit(jaxent.softmax_cross_entropy)
+COMPILED = jax.jit(jaxent.softmax_cross_entropy, static_argnames=("reduction", "ignore_index"))
+STATISTICS = jax.jit(jaxent.softmax_statistics)
 ORACLE = {name: getattr(oracle, name) for name in LOSSES}
 
 # name: (logits of 5 classes, label, what becomes of the row)
@@ -310,7 +313,7 @@ def test_one_class(loss):
         assert (harness.value(loss, z, labels) == 0).all()
         assert (harness.gradients(loss, z, labels, cotangent=np.ones(3))[0] == 0).all()
     assert harness.value(loss, z[0], np.int32(0)).shape == ()
-    s = jaxent.softmax_statistics(jnp.asarray(z, jnp.float32))
+    s = STATISTICS(jnp.asarray(z, jnp.float32))
     assert (s.entropy == 0).all() and s.log_normalizer.tolist() == np.float32([3.0, -1e30, 0.0]).tolist()
 
 
@@ -321,9 +324,8 @@ def test_labels_of_narrow_integers_with_300_classes(dtype, on_host):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(50, 300)).astype(np.float32)
     labels = rng.integers(min(300, np.iinfo(dtype).max + 1), size=50).astype(dtype)
-    labels = labels if on_host else jnp.asarray(labels)
-    f = jaxent.softmax_cross_entropy
-    got = f(z, labels) if on_host else COMPILED(z, labels)
+    f = jax.jit(lambda z: jaxent.softmax_cross_entropy(z, labels))  # labels that jit does not trace
+    got = f(z) if on_host else COMPILED(z, jnp.asarray(labels))
     want = oracle.softmax_cross_entropy(z, np.asarray(labels))
     harness.assert_within(got, want, 1e-6 * want)
 
@@ -331,13 +333,9 @@ def test_labels_of_narrow_integers_with_300_classes(dtype, on_host):
 @pytest.mark.parametrize("dtype", ["uint8", "uint32"])
 def test_ignore_index_that_the_labels_dtype_cannot_hold(dtype):
     z = np.zeros((3, 4), np.float32)
-    got = jax.jit(lambda z, y: jaxent.softmax_cross_entropy(z, y, ignore_index=-100))(
-        z, np.arange(3, dtype=dtype)
-    )
+    got = COMPILED(z, np.arange(3, dtype=dtype), ignore_index=-100)
     np.testing.assert_allclose(got, np.log(4), rtol=1e-6)
-    got = jax.jit(lambda z, y: jaxent.softmax_cross_entropy(z, y, ignore_index=255))(
-        z, np.array([0, 255, 1], dtype)
-    )
+    got = COMPILED(z, np.array([0, 255, 1], dtype), ignore_index=255)
     assert got[1] == 0 and (got[::2] > 1).all()
 
 
@@ -350,7 +348,7 @@ def test_unsigned_labels_out_of_range():
 def test_sums_of_70000_rows_of_float16():
     z = jnp.zeros((70_000, 4), jnp.float16)
     labels = jnp.zeros(70_000, jnp.int32)
-    f = jax.jit(jaxent.softmax_cross_entropy, static_argnames="reduction")
+    f = COMPILED
     np.testing.assert_allclose(f(z, labels, reduction="sum"), 70_000 * np.log(4), rtol=1e-5)
     np.testing.assert_allclose(f(z, labels, reduction="mean"), np.log(4), rtol=1e-5)
     ones = jnp.full(70_000, 2.0, jnp.float16)
@@ -364,7 +362,7 @@ def test_sums_of_a_million_bfloat16():
     ones = jnp.ones(n, jnp.bfloat16)
     np.testing.assert_allclose(jaxent.mean(ones, weights=ones), 1, rtol=1e-6)
     z = jnp.zeros((n, 2), jnp.bfloat16)
-    f = jax.jit(jaxent.softmax_cross_entropy, static_argnames="reduction")
+    f = COMPILED
     got = f(z, jnp.zeros(n, jnp.int32), weights=ones, reduction="sum")
     np.testing.assert_allclose(got, n * np.log(2), rtol=1e-5)
     classes = jnp.zeros((1, n), jnp.bfloat16)
@@ -470,7 +468,7 @@ def test_statistics_and_entropy_of_hostile_rows(classes):
     labels = np.where((labels < 0) | (labels >= classes), 0, labels)
     bad = outcome == "poison"
     bad &= ~np.isfinite(z).all(-1)
-    s = jax.jit(jaxent.softmax_statistics)(harness.cast(z, "float32"), labels)
+    s = STATISTICS(harness.cast(z, "float32"), labels)
     want = oracle.softmax_statistics(z, labels)
     for name in ("log_prob", "log_normalizer", "entropy"):
         got, w = getattr(s, name), getattr(want, name)
@@ -567,15 +565,16 @@ def test_bad_host_labels_behind_a_mask():
 
 def test_no_rows_of_many_classes():
     z, y = jnp.zeros((0, 300)), jnp.zeros(0, int)
-    assert jaxent.softmax_cross_entropy(z, y).shape == (0,)
-    value, gradient = jax.value_and_grad(jaxent.softmax_cross_entropy)(z, y, reduction="mean")
+    assert COMPILED(z, y).shape == (0,)
+    mean = jax.jit(jax.value_and_grad(lambda z: jaxent.softmax_cross_entropy(z, y, reduction="mean")))
+    value, gradient = mean(z)
     assert value == 0 and gradient.shape == (0, 300)
 
 
 def test_only_bad_labels_with_class_weights():
     """A bad label has no class weight, and still its row counts."""
     z, y = jnp.zeros((4, 5)), jnp.full(4, 9)
-    assert jnp.isnan(jaxent.softmax_cross_entropy(z, y, class_weights=jnp.ones(5), reduction="mean"))
+    assert jnp.isnan(COMPILED(z, y, class_weights=jnp.ones(5), reduction="mean"))
 
 
 def test_a_bad_host_label_is_not_taken_for_the_ignored_one():
@@ -595,7 +594,7 @@ def test_ignore_index_beyond_the_labels_dtype(labels):
 
 def test_a_weight_of_zero_hides_a_bad_host_label():
     labels, weights = np.array([0, 9]), np.array([1.0, 0.0])
-    losses = jaxent.softmax_cross_entropy(jnp.zeros((2, 5)), labels, weights=weights)
+    losses = jax.jit(lambda z: jaxent.softmax_cross_entropy(z, labels, weights=weights))(jnp.zeros((2, 5)))
     assert losses[1] == 0
 
 
@@ -620,20 +619,21 @@ def test_losses_that_are_no_floats_or_narrow_ones():
         lambda s: s.rank < 1,
         lambda s: (s.log_prob * 0 + 1).astype("bfloat16"),
     ):
-        assert jaxent.softmax_loss(fn, z, y, weights=half, reduction="sum") == 500.5
-        assert jaxent.softmax_loss(fn, z, y, where=y == 0) == 1
+        f = functools.partial(jaxent.softmax_loss, fn)
+        both = jax.jit(lambda z, f=f: (f(z, y, weights=half, reduction="sum"), f(z, y, where=y == 0)))
+        assert both(z) == (500.5, 1)
 
 
 def test_a_row_without_an_answer_has_the_worst_rank():
     z = jnp.array([[NAN, 1.0, 2.0], [0.0, 1.0, 2.0]])
-    assert jaxent.softmax_statistics(z, jnp.array([0, 5])).rank.tolist() == [3, 3]
+    assert STATISTICS(z, jnp.array([0, 5])).rank.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, jax.checkpoint])
 def test_fn_under_a_transformation(wrap):
     z, y = jnp.eye(4), jnp.arange(4)
-    got = jaxent.softmax_loss(wrap(lambda s: -s.log_prob), z, y)
-    assert got == jaxent.softmax_cross_entropy(z, y, reduction="mean")
+    got = jax.jit(lambda z: jaxent.softmax_loss(wrap(lambda s: -s.log_prob), z, y))(z)
+    assert got == COMPILED(z, y, reduction="mean")
 
 
 HIDDEN = {
@@ -660,9 +660,12 @@ def test_second_derivatives_behind_a_mask(name):
 
 def test_numpy_options_do_not_widen_with_x64(x64):
     z, y, one = jnp.zeros((2, 3), jnp.float32), jnp.arange(2), np.float64(1)
-    assert jaxent.softmax_cross_entropy(z, y, label_smoothing=0.1 * one, z_loss=one).dtype == jnp.float32
-    assert jaxent.softmax_focal_loss(z, y, gamma=one).dtype == jnp.float32
-    assert jaxent.softmax_poly_loss(z, y, epsilon=one).dtype == jnp.float32
+    for loss, options in (
+        (jaxent.softmax_cross_entropy, {"label_smoothing": 0.1 * one, "z_loss": one}),
+        (jaxent.softmax_focal_loss, {"gamma": one}),
+        (jaxent.softmax_poly_loss, {"epsilon": one}),
+    ):
+        assert jax.eval_shape(functools.partial(loss, **options), z, y).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.5, 2, 2.5, 3])
@@ -670,9 +673,9 @@ def test_focal_loss_of_certain_and_of_hopeless_rows(gamma):
     def f(z):
         return jaxent.softmax_focal_loss(z, jnp.zeros(len(z), int), gamma=gamma, label_smoothing=0.0).sum()
 
-    for z in (jnp.array([[1000.0, 0, 0]]), jnp.array([[-1000.0, 0, 0]]), jnp.array([[-jnp.inf, 0, 0]])):
-        assert jnp.all(jnp.isfinite(jax.grad(f)(z)))
-    assert jnp.all(jnp.isfinite(jax.hessian(f)(jnp.array([[1000.0, 0, 0]]))))
+    z = jnp.array([[1000.0, 0, 0], [-1000.0, 0, 0], [-jnp.inf, 0, 0]])
+    gradient, hessian = jax.jit(lambda z: (jax.grad(f)(z), jax.hessian(f)(z[:1])))(z)
+    assert jnp.all(jnp.isfinite(gradient)) and jnp.all(jnp.isfinite(hessian))
 
 
 def test_what_fn_reads_needs_labels():

@@ -180,7 +180,7 @@ def merged(z, target, assignment, ct, order):
         whole = merge(merge(parts[0], parts[1]), parts[2])
     else:
         whole = merge(parts[2], merge(parts[1], parts[0]))
-    found = finish(NAMES, whole, blocks[0])
+    found = finish(NAMES, whole)
     g = dict(zip(NAMES, ct, strict=True))
     gradient = sum(
         jnp.where(assignment == k, logits_gradient(blocks[k], whole, found["entropy"], g), 0)
@@ -222,7 +222,7 @@ def test_labels_count_from_a_blocks_first_class():
             partial_statistics(NAMES, Block(z32[:, a:b], jnp.asarray(labels - a)))
             for a, b in itertools.pairwise(cuts)
         ]
-        found = finish(NAMES, functools.reduce(merge, parts), Block(z32, jnp.asarray(labels)))
+        found = finish(NAMES, functools.reduce(merge, parts))
         want = oracle.softmax_statistics(z, labels)
         for name in NAMES:
             assert_close(found[name], getattr(want, name), ulp=16)

@@ -527,7 +527,8 @@ def test_labels_known_on_the_host_raise_at_once():
     bad = np.array([[0, 1], [1, 2**32 + 1]])
     good = np.array([[True, True], [True, False]])
     for options in ({"where": good}, {"weights": good * 1.0}, {"where": jnp.asarray(good)}):
-        assert np.isfinite(loss(jnp.zeros((2, 2)), bad, **options)).all()
+        f = functools.partial(loss, labels=bad, **options)
+        assert np.isfinite(jax.jit(f)(jnp.zeros((2, 2)))).all()
     with pytest.raises(ValueError, match=r"\[1, 1\]"):
         loss(jnp.zeros((2, 2)), bad, where=jnp.ones((2, 2), bool))
     # a traced mask that does not hide it: NaN, not class 1
@@ -546,7 +547,7 @@ def test_labels_under_checkify():
     assert "`labels` must be in [0, 1], but element 1" in error.get()
     error, _ = checkify.checkify(jax.jit(loss))(z, bad)
     assert text in error.get()
-    checkify.checkify(lambda z, y: loss(z, y, where=y < 2))(z, bad)[0].throw()
+    checkify.checkify(jax.jit(lambda z, y: loss(z, y, where=y < 2)))(z, bad)[0].throw()
     with pytest.raises(Exception, match="element 4"):
         jax.block_until_ready(chex.chexify(jax.jit(loss), async_check=False)(z, bad))
 

@@ -17,7 +17,8 @@ import jaxent
 from forms import COTANGENT, FORMS, moving, tangents, total
 
 SMALL, GROUPED = 7, 4096  # classes; on one CPU, sums of many classes are made in groups
-COMPILER = {"xla_backend_optimization_level": 0}  # programs that run once
+# for programs that run once: most of the time goes into compiling them
+once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 all_forms = pytest.mark.parametrize("name", FORMS)
 
 
@@ -165,10 +166,10 @@ def both(form, classes, dtype, table):
 
     with jax.enable_x64(True):
         plain = functools.partial(ask, form.plain, {name: FACTS[name] for name in facts})
-        want = jax.jit(plain, compiler_options=COMPILER)(form.arguments(classes, jnp.float64))
+        want = once(plain)(form.arguments(classes, jnp.float64))
     with jax.enable_x64(dtype == jnp.float64):
         transformed = functools.partial(ask, form.rows, {name: f for name, (f, _) in table.items()})
-        got = jax.jit(transformed, compiler_options=COMPILER)(form.arguments(classes, dtype))
+        got = once(transformed)(form.arguments(classes, dtype))
     return got, {name: want[fact] for name, (_, fact) in table.items()}
 
 
@@ -206,7 +207,7 @@ def test_second_derivatives_of_confident_rows(classes):
     label = jnp.full(3, 2)
     dot = jnp.zeros_like(z).at[:, 2].set(1)
     grad = jax.grad(lambda z: jaxent.softmax_cross_entropy(z, label, reduction="sum"))
-    got = jax.jit(lambda z: jax.jvp(grad, (z,), (dot,))[1])(jnp.asarray(z))
+    got = once(lambda z: jax.jvp(grad, (z,), (dot,))[1])(jnp.asarray(z))
     rest = (classes - 1) * np.exp(-gap.astype(np.float64))
     np.testing.assert_allclose(got[:, 2], rest / (1 + rest) ** 2, rtol=2e-6)
     off = -np.exp(-gap.astype(np.float64)) / (1 + rest) ** 2
@@ -221,9 +222,9 @@ def value_and_gradient(form):
 def test_donated_logits(name):
     form = FORMS[name]
     arguments = form.arguments(300)
-    want = jax.jit(value_and_gradient(form))(*arguments)
+    want = once(value_and_gradient(form))(*arguments)
     donated = [jnp.copy(arguments[0]), *arguments[1:]]
-    got = jax.jit(value_and_gradient(form), donate_argnums=0)(*donated)
+    got = once(value_and_gradient(form), donate_argnums=0)(*donated)
     assert donated[0].is_deleted()
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
@@ -250,11 +251,15 @@ def test_export_with_any_number_of_rows(name):
     exported = jax.export.export(jax.jit(form.rows), platforms=("cpu", "tpu"))(*shapes)
     read = read_again(exported)
     fewer = [x if axis is None else x[:5] for x, axis in zip(arguments, form.in_axes(), strict=True)]
+
+    @functools.partial(once, static_argnums=0)
+    def value_and_gradient(rows, z, *rest):
+        return rows(z, *rest), jax.grad(lambda z: rows(z, *rest).sum())(z)
+
     for some in (arguments, fewer):
-        np.testing.assert_allclose(read.call(*some), form.rows(*some), rtol=1e-6, atol=1e-7)
-    got = jax.grad(lambda z: read.call(z, *fewer[1:]).sum())(fewer[0])
-    want = jax.grad(lambda z: form.rows(z, *fewer[1:]).sum())(fewer[0])
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+        got, want = (value_and_gradient(rows, *some) for rows in (read.call, form.rows))
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
 
 
 def test_export_of_sums_in_groups():
@@ -268,10 +273,10 @@ def test_export_of_sums_in_groups():
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_lowering_for_other_platforms(platform):
-    for form in FORMS.values():
-        traced = jax.jit(value_and_gradient(form)).trace(*form.arguments(GROUPED))
+@all_forms
+def test_lowering_for_other_platforms(name):
+    traced = jax.jit(value_and_gradient(FORMS[name])).trace(*FORMS[name].arguments(GROUPED))
+    for platform in ("tpu", "cuda"):
         assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -1,4 +1,4 @@
-"""Linear logits in blocks of classes, each with all rows: for few rows and very many classes.
+"""Linear logits in blocks of classes: for few rows and very many classes.
 
 A pass reads the kernel once and writes its gradient once, where blocks of rows do so as often as there are blocks.
 But a row's cotangent is known after the last block only, so the logits are computed again: 4 matmuls.
@@ -7,13 +7,13 @@ But a row's cotangent is known after the last block only, so the logits are comp
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._derivatives import Moving, instantiate, values_and_moving, varying_like
+from .._derivatives import Moving, instantiate, stopping_early, values_and_moving, varying_like
 from .._reduction import keep
 from .._statistics import (
     INTEGER_STATISTICS,
@@ -29,99 +29,125 @@ from .._statistics import (
     poison,
 )
 from . import dense, linear
-from .linear import LinearLogits
 
-Static = tuple[tuple[str, ...], int]  # names of statistics, and how many classes a block has
+ROWS = 256  # at least so many are taken at a time where some do not count
 
 
-def statistics(names: tuple[str, ...], size: int, block: Block, counts: Array | None) -> SoftmaxStatistics:
-    """The statistics `names`; `block.logits` is a LinearLogits of hidden `[N, D]`."""
-    real, integers = _statistics((names, size), *varying_like((block, counts), (block, counts)))
+class Static(NamedTuple):
+    names: tuple[str, ...]  # of statistics
+    classes: int  # of a block
+    rows: int  # of a block
+
+
+class Inputs(NamedTuple):
+    block: Block  # its logits are a LinearLogits of hidden [N, D]
+    counts: Array | None  # bool [N]
+    needed: Any  # how many blocks of rows hold rows that count
+
+
+def statistics(names: tuple[str, ...], classes: int, block: Block, counts: Array | None) -> SoftmaxStatistics:
+    """The statistics `names` of N rows, `classes` at a time; `block.logits` is a LinearLogits of hidden `[N, D]`."""
+    rows = block.logits.hidden.shape[0]
+    wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
+    blocks = min(rows // ROWS, 8)
+    if counts is None or wide or blocks < 2:
+        return _statistics(Static(names, classes, rows), Inputs(block, counts, jnp.ones((), jnp.int32)))
+    size = -(-rows // blocks)
+    order = jnp.append(
+        jnp.argsort(~counts, stable=True), jnp.arange(rows, size * blocks)
+    )  # fills the last block
+
+    def of_rows(x: Array) -> Array:
+        return x.at[order].get(mode="clip")
+
+    logits = dataclasses.replace(block.logits, hidden=of_rows(block.logits.hidden))
+    label = None if block.label is None else of_rows(block.label)
+    needed = (jnp.sum(counts, dtype=jnp.int32) + (size - 1)) // size
+    inputs = Inputs(block._replace(logits=logits, label=label), of_rows(counts) & (order < rows), needed)
+    found = _statistics(Static(names, classes, size), inputs)
+    return jax.tree.map(
+        lambda x: jnp.zeros(rows, x.dtype).at[order].set(x, mode="drop", unique_indices=True), found
+    )
+
+
+def _statistics(static: Static, inputs: Inputs) -> SoftmaxStatistics:
+    real, integers = _rule(static, varying_like(inputs, inputs))
     return SoftmaxStatistics(**real, **integers)
 
 
-def _primal(static: Static, block: Block, counts: Array | None) -> Any:
-    return _forward_pass(static, _hide(block, counts))[0]
+def _primal(static: Static, inputs: Inputs) -> Any:
+    return _forward_pass(static, _hide(inputs))[0]
 
 
-def _forward(static: Static, block: Any, counts: Any) -> Any:
-    (block, counts), moving = values_and_moving((block, counts))
-    found, whole = _forward_pass(static, _hide(block, counts))
-    return found, (block, counts, whole, found[0].get("entropy"), moving)
+def _forward(static: Static, inputs: Any) -> Any:
+    inputs, moving = values_and_moving(inputs)
+    found, whole = _forward_pass(static, _hide(inputs))
+    return found, (inputs, whole, found[0].get("entropy"), moving)
 
 
-def _backward(static: Static, residuals: Any, g: Any) -> tuple[Block, None]:
-    block, counts, whole, entropy, moving = residuals
-    is_moving, _ = moving.tree((block, counts))
-    gradient = _backward_pass(static[1], is_moving, _hide(block, counts), counts, whole, entropy, instantiate(g[0]))
-    return gradient, None
+def _backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
+    inputs, whole, entropy, moving = residuals
+    gradient = _backward_pass((static, moving), _hide(inputs), whole, entropy, instantiate(g[0]))
+    return (Inputs(gradient, None, None),)
 
 
-_statistics = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_statistics.defvjp(_forward, _backward, symbolic_zeros=True)
+_rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_rule.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _hide(block: Block, counts: Array | None) -> Block:
+def _hide(inputs: Inputs) -> Inputs:
     """Zeros in place of what does not count: they will be multiplied by a zero gradient."""
+    block, counts, _ = inputs
     if counts is None:
-        return block
+        return inputs
     hidden = keep(counts[:, None], block.logits.hidden)
     q = None if block.distribution is None else keep(counts[:, None], block.distribution)
-    return block._replace(logits=dataclasses.replace(block.logits, hidden=hidden), distribution=q)
+    logits = dataclasses.replace(block.logits, hidden=hidden)
+    return inputs._replace(block=block._replace(logits=logits, distribution=q))
 
 
-def _classes(block: Block, start: Any, size: int) -> Block:
-    """Some of the classes, their layer still open."""
-
-    def of(x: Any) -> Any:
-        return None if x is None else lax.dynamic_slice_in_dim(x, start, size, x.ndim - 1)
-
-    layer = block.logits
-    layer = dataclasses.replace(layer, kernel=of(layer.kernel), bias=of(layer.bias))
-    label = None if block.label is None else block.label - start
-    return Block(layer, label, of(block.distribution), of(block.class_weights), of(block.class_mask))
-
-
-def _for_each_block(block: Block, size: int, step: Callable[[Any, Any, int], Any], init: Any) -> Any:
-    """`step(carry, start, size)` over all classes; the last block may be smaller."""
-    classes = block.logits.kernel.shape[-1]
-    init = varying_like(block, init)
-    carry = lax.fori_loop(0, classes // size, lambda i, carry: step(carry, i * size, size), init)
-    rest = classes % size
-    return step(carry, classes - rest, rest) if rest else carry
-
-
-def _forward_pass(static: Static, block: Block) -> tuple[Any, Partial]:
-    names, size = static
-    rows = block.logits.hidden.shape[0]
+@stopping_early
+def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Partial]:
+    """The statistics, and the partial statistics over all classes that they are made from."""
+    names = static.names
+    block = inputs.block
     label_logit = _label_logit(block) if "rank" in names else None
 
-    def partials(start: Any, size: int) -> tuple[Partial, dict[str, Array]]:
-        part = _classes(block, start, size)
-        z = linear.from_product(part.logits, linear.product(part.logits))
-        part = part._replace(logits=z)
-        integers = {}
+    def partials(row: Any, start: Any, classes: int) -> tuple[Partial, dict[str, Array]]:
+        part = _part(block, row, static.rows, start, classes)
+        part = part._replace(logits=linear.from_product(part.logits, linear.product(part.logits)))
         z = lax.stop_gradient(part.wide_logits())
+        integers = {}
         if "prediction" in names:
             integers["prediction"] = (start + jnp.argmax(z, -1)).astype(jnp.int32)
         if "rank" in names:
-            above = ~(z <= label_logit[:, None]) & ~part.hit()
+            above = ~(z <= _rows(label_logit, row, static.rows)[:, None]) & ~part.hit()
             integers["rank"] = jnp.sum(above, -1, dtype=jnp.int32)
-        return partial_statistics(names, part, dense.platform_max_and_rest, dense.platform_select_label), integers
+        return partial_statistics(
+            names, part, dense.platform_max_and_rest, dense.platform_select_label
+        ), integers
 
-    def step(carry: Any, start: Any, size: int) -> Any:
-        whole, integers = carry
-        part, here = partials(start, size)
-        found = dict(integers)
+    def step(start: Any, classes: int, row: Any, carry: Any) -> Any:
+        part, here = partials(row, start, classes)
+        whole, before = _rows(carry, row, static.rows)
+        integers = {}
         if "prediction" in names:
-            found["prediction"] = jnp.where(part.max > whole.max, here["prediction"], integers["prediction"])
+            first = part.max > whole.max
+            integers["prediction"] = jnp.where(first, here["prediction"], before["prediction"])
         if "rank" in names:
-            found["rank"] = integers["rank"] + here["rank"]
-        return merge(whole, part), found
+            integers["rank"] = before["rank"] + here["rank"]
+        return _put(carry, (merge(whole, part), integers), row)
 
-    like, _ = jax.eval_shape(functools.partial(partials, 0, size))
-    zeros = {name: jnp.zeros(rows, jnp.int32) for name in names if name in INTEGER_STATISTICS}
-    whole, integers = _for_each_block(block, size, step, (identity(like), zeros))
+    def over_rows(start: Any, classes: int, carry: Any) -> Any:
+        return _over_rows(stop, static, inputs, functools.partial(step, start, classes), carry)
+
+    rows = block.logits.hidden.shape[0]
+    like, like_integers = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
+        jax.eval_shape(functools.partial(partials, 0, 0, static.classes)),
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_integers)
+    whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
     whole = poison(whole, block.label)
     if "rank" in names:
         integers["rank"] = jnp.where(block.label >= 0, integers["rank"], block.logits.shape[-1])
@@ -130,7 +156,7 @@ def _forward_pass(static: Static, block: Block) -> tuple[Any, Partial]:
 
 
 def _label_logit(block: Block) -> Array:
-    """z_y, before the pass over all classes: from the label's columns of the kernel."""
+    """z_y, before any block of classes: from the label's columns of the kernel."""
     layer, label = lax.stop_gradient((block.logits, block.label))
     column = jnp.maximum(label, 0)
     own = jax.vmap(lambda h, w: linear.product(dataclasses.replace(layer, hidden=h, kernel=w)), (0, 1))
@@ -139,61 +165,118 @@ def _label_logit(block: Block) -> Array:
     return linear.from_product(dataclasses.replace(layer, bias=bias), z)
 
 
+@stopping_early
 def _backward_pass(
-    size: int,
-    is_moving: Block,
-    block: Block,
-    counts: Array | None,
+    stop: bool,
+    static: tuple[Static, Moving],
+    inputs: Inputs,
     whole: Partial,
     entropy: Array | None,
     g: dict[str, Array],
 ) -> Block:
-    layer = block.logits
-    moves = is_moving.logits
+    """The gradients of what is differentiated, None for the rest."""
+    static, moving = static
+    block = inputs.block
+    moves: Block = moving.tree(inputs).block
 
-    def step(carry: Block, start: Any, size: int) -> Block:
-        total = carry.logits
-        part = _classes(block, start, size)
+    def tile(start: Any, classes: int, row: Any) -> Block:
+        part = _part(block, row, static.rows, start, classes)
         z, vjp = jax.vjp(functools.partial(linear.from_product, part.logits), linear.product(part.logits))
-        part_of_z = part._replace(logits=z)
+        of_rows = _rows((whole, entropy, g, inputs.counts), row, static.rows)
+        part_whole, part_entropy, part_g, counts = of_rows
+        built = part._replace(logits=z)
 
         def of_counting_rows(x: Array) -> Array:
+            # a select, so that NaN in a row that does not count stays there
             return x if counts is None else jnp.where(counts[:, None], x, 0)
 
-        def put(x: Array, here: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(x, here.astype(x.dtype), start, x.ndim - 1)
+        (d_product,) = vjp(of_counting_rows(logits_gradient(built, part_whole, part_entropy, part_g)))
+        distribution = None
+        if moves.distribution:
+            distribution = of_counting_rows(distribution_gradient(built, part_whole, part_g))
+        return Block(linear.gradient(moves.logits, part.logits, d_product), distribution=distribution)
 
-        hidden, kernel, bias, distribution = total.hidden, total.kernel, total.bias, carry.distribution
-        if moves.hidden or moves.kernel or moves.bias:
-            (d_product,) = vjp(of_counting_rows(logits_gradient(part_of_z, whole, entropy, g)))
-            dz = linear.operand(part.logits, d_product)
-            if moves.hidden:
-                hidden = hidden + linear.hidden_gradient(part.logits, dz)
-            if moves.kernel:
-                kernel = put(kernel, linear.kernel_gradient(part.logits, dz))
-            if moves.bias:
-                bias = put(bias, jnp.sum(d_product, 0))
-        if is_moving.distribution:
-            distribution = put(
-                distribution, of_counting_rows(distribution_gradient(part_of_z, whole, g))
-            )
-        total = dataclasses.replace(total, hidden=hidden, kernel=kernel, bias=bias)
-        return carry._replace(logits=total, distribution=distribution)
+    def over_rows(start: Any, classes: int, total: Block) -> Block:
+        """Adds to the gradient of hidden, and writes what the kernel, bias and distribution have here."""
+
+        def step(row: Any, carry: Any) -> Any:
+            hidden, here = carry
+            found = tile(start, classes, row)
+            layer = found.logits
+            if hidden is not None:
+                hidden = _put(hidden, _rows(hidden, row, static.rows) + layer.hidden, row)
+            found = found._replace(logits=dataclasses.replace(layer, hidden=None))
+            return hidden, jax.tree.map(jnp.add, here, found)
+
+        shapes = jax.eval_shape(functools.partial(tile, start, classes, 0))
+        here = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        here = here._replace(logits=dataclasses.replace(here.logits, hidden=None))
+        hidden, here = _over_rows(
+            stop, static, inputs, step, varying_like(inputs, (total.logits.hidden, here))
+        )
+
+        def put(x: Array, y: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, x.ndim - 1)
+
+        rest = total._replace(logits=dataclasses.replace(total.logits, hidden=None))
+        total = jax.tree.map(put, rest, here)
+        return total._replace(logits=dataclasses.replace(total.logits, hidden=hidden))
 
     def zeros(moves: bool, x: Array, dtype: Any = None) -> Array | None:
         return jnp.zeros(x.shape, dtype or x.dtype) if moves else None
 
+    layer, moving_layer = block.logits, moves.logits
+    hidden = zeros(moving_layer.hidden, layer.hidden, layer.dtype)
+    kernel, bias = zeros(moving_layer.kernel, layer.kernel), zeros(moving_layer.bias, layer.bias)
     init = Block(
-        dataclasses.replace(
-            layer,
-            hidden=zeros(moves.hidden, layer.hidden, layer.dtype),
-            kernel=zeros(moves.kernel, layer.kernel),
-            bias=zeros(moves.bias, layer.bias),
-        ),
-        distribution=zeros(is_moving.distribution, block.distribution),
+        dataclasses.replace(layer, hidden=hidden, kernel=kernel, bias=bias),
+        distribution=zeros(moves.distribution, block.distribution),
     )
-    found = _for_each_block(block, size, step, init)
-    if moves.hidden:
+    found = _over_classes(static, inputs, over_rows, init)
+    if moving_layer.hidden:
         hidden = found.logits.hidden.astype(layer.hidden.dtype)
         found = found._replace(logits=dataclasses.replace(found.logits, hidden=hidden))
     return found
+
+
+def _over_classes(static: Static, inputs: Inputs, step: Callable[[Any, int, Any], Any], init: Any) -> Any:
+    """`step(start, classes, carry)` over all classes; the last block may be smaller."""
+    size, classes = static.classes, inputs.block.logits.kernel.shape[-1]
+    carry = varying_like(inputs, init)
+    carry = lax.fori_loop(0, classes // size, lambda i, carry: step(i * size, size, carry), carry)
+    rest = classes % size
+    return step(classes - rest, rest, carry) if rest else carry
+
+
+def _over_rows(
+    stop: bool, static: Static, inputs: Inputs, step: Callable[[Any, Any], Any], carry: Any
+) -> Any:
+    """`step(row, carry)` over the rows that count, which come first."""
+    blocks = inputs.block.logits.hidden.shape[0] // static.rows
+    if blocks == 1:
+        return step(0, carry)
+    return lax.fori_loop(
+        0, inputs.needed if stop else blocks, lambda i, carry: step(i * static.rows, carry), carry
+    )
+
+
+def _part(block: Block, row: Any, rows: int, start: Any, classes: int) -> Block:
+    """Some rows and some classes, the layer still open."""
+
+    def of_classes(x: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, classes, x.ndim - 1)
+
+    layer = block.logits
+    kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
+    distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
+    hidden, label = _rows((layer.hidden, block.label), row, rows)
+    layer = dataclasses.replace(layer, hidden=hidden, kernel=kernel, bias=bias)
+    return Block(layer, None if label is None else label - start, distribution, weights, mask)
+
+
+def _rows(tree: Any, row: Any, rows: int) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, rows), tree)
+
+
+def _put(tree: Any, block: Any, row: Any) -> Any:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row, 0), tree, block)

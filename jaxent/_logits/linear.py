@@ -137,7 +137,7 @@ def from_product(block: LinearLogits, z: Array) -> Array:
     return z if block.temperature == 1 else z / block.temperature
 
 
-def operand(block: LinearLogits, dz: Array) -> Array:
+def _operand(block: LinearLogits, dz: Array) -> Array:
     """The product's gradient as an operand of the two matmuls that follow.
 
     bfloat16 where the layer is: beside float32 they would be slow ones. Not float16, in which the gradient of a
@@ -147,17 +147,16 @@ def operand(block: LinearLogits, dz: Array) -> Array:
     return dz.astype(jnp.bfloat16) if half else dz
 
 
-def hidden_gradient(block: LinearLogits, dz: Array) -> Array:
-    """dz @ kernel.T, in the accumulation dtype."""
-    return _einsum(block, "nv,dv->nd", dz, block.kernel)
-
-
-def kernel_gradient(block: LinearLogits, dz: Array) -> Array:
-    """hidden.T @ dz, in the accumulation dtype."""
-    return _einsum(block, "nd,nv->dv", block.hidden, dz)
+def gradient(moves: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
+    """The gradients of what moves, None for the rest, in the accumulation dtype."""
+    dz = _operand(block, d_product)
+    return dataclasses.replace(
+        block,
+        hidden=_einsum(block, "nv,dv->nd", dz, block.kernel) if moves.hidden else None,
+        kernel=_einsum(block, "nd,nv->dv", block.hidden, dz) if moves.kernel else None,
+        bias=jnp.sum(d_product, 0) if moves.bias else None,
+    )
 
 
 def _einsum(block: LinearLogits, subscripts: str, *operands: Array) -> Array:
-    return jnp.einsum(
-        subscripts, *operands, precision=block.precision, preferred_element_type=block.dtype
-    )
+    return jnp.einsum(subscripts, *operands, precision=block.precision, preferred_element_type=block.dtype)

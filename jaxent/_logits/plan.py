@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-# Operations in the time of one byte from memory: about 10 on CPUs. GPUs and TPUs do some hundreds, but there a
-# `block_bytes` that suits the memory makes either plan good.
+# Operations in the time that one byte takes from memory: about 10 on the CPUs this was measured on.
 OPERATIONS_PER_BYTE = 10
+# A block of classes this wide reads `hidden` seldom enough; a wider one only takes memory.
+CLASSES, CELLS = 8192, 2**20
 
 
 class Plan(NamedTuple):
@@ -15,14 +16,14 @@ class Plan(NamedTuple):
 
 
 def plan(rows: int, features: int, classes: int, block_bytes: int, itemsize: int = 4) -> Plan:
-    """Blocks of rows with all classes, or of classes with all rows, whichever takes less.
+    """Blocks of rows with all classes, or of classes with all rows, whichever is less work.
 
-    A block holds the logits and their gradient. With n blocks of rows: 3 matmuls; each block reads the kernel twice
-    and reads and writes its gradient. With n blocks of classes: 4 matmuls; the kernel is read twice and its
-    gradient written once in all, and each block reads `hidden` three times and reads and writes its gradient.
+    With n blocks of rows: 3 matmuls; each block reads the kernel twice, and reads and writes its gradient. With n
+    blocks of classes: 4 matmuls; the kernel is read twice and its gradient written once in all, but each block
+    reads `hidden` three times, and reads and writes its gradient.
     """
     by_rows = Plan(rows_of_a_block(rows, classes, block_bytes, itemsize), classes)
-    by_classes = Plan(rows, rows_of_a_block(classes, rows, block_bytes, itemsize))
+    by_classes = Plan(rows, classes_of_a_block(rows, features, classes, block_bytes, itemsize))
     matmul = 2 * rows * features * classes
     kernel, hidden = features * classes * itemsize, rows * features * itemsize
     cost_by_rows = 3 * matmul + OPERATIONS_PER_BYTE * 4 * kernel * -(-rows // by_rows.rows)
@@ -31,8 +32,20 @@ def plan(rows: int, features: int, classes: int, block_bytes: int, itemsize: int
     return by_rows if cost_by_rows <= cost_by_classes else by_classes
 
 
-def rows_of_a_block(rows: int, classes: int, block_bytes: int, itemsize: int = 4) -> int:
-    """How many of `rows` fit, in blocks that are as even as possible."""
-    most = max(block_bytes // (2 * itemsize * max(classes, 1)), 1)
+def rows_of_a_block(rows: int, classes: int, block_bytes: int, itemsize: int = 4, arrays: int = 2) -> int:
+    """How many rows fit with all their classes, in blocks as even as can be.
+
+    `arrays` of the block's size exist at a time: the logits and their gradient.
+    """
+    most = max(block_bytes // (arrays * itemsize * classes), 1)
     blocks = max(-(-rows // most), 1)
     return max(-(-rows // blocks), 1)
+
+
+def classes_of_a_block(rows: int, features: int, classes: int, block_bytes: int, itemsize: int = 4) -> int:
+    """How many classes fit with all rows: logits, their gradient, and what the kernel and its gradient have there."""
+    most = max(block_bytes // (2 * itemsize * (rows + features)), 1)
+    most = min(most, max(CLASSES, CELLS // max(rows, 1)))
+    if most >= classes:
+        return classes
+    return most // 128 * 128 or most

@@ -5,7 +5,6 @@ rows to results `[R]`. jax differentiates it, block by block.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._derivatives import Moving, instantiate, values_and_moving, varying_like, with_forward_mode
+from .._derivatives import (
+    Moving,
+    instantiate,
+    stopping_early,
+    values_and_moving,
+    varying_like,
+    with_forward_mode,
+)
 from .._numerics import accumulation_dtype
 from .._reduction import keep
-from .linear import LinearLogits, from_product, hidden_gradient, kernel_gradient, operand, product
+from .linear import LinearLogits, from_product, gradient, product
 
 
 class Inputs(NamedTuple):
@@ -96,30 +102,10 @@ _summed = with_forward_mode(_summed_rule)
 # The loop over blocks.
 
 
-def _stopping_early(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run(stop_early, static, inputs, ...)` that leaves out blocks in which no row counts.
-
-    The number of blocks is then a traced one, through which jax has no reverse mode; so derivatives (second ones:
-    `run` is what rules are made of) are those of the loop over all blocks.
-    """
-    stopping = jax.custom_jvp(functools.partial(run, True), nondiff_argnums=(0,))
-
-    @stopping.defjvp
-    def jvp(static: Any, primals: Any, tangents: Any) -> Any:
-        return jax.jvp(functools.partial(run, False, static), primals, tangents)
-
-    def function(static: Any, inputs: Inputs, *arrays: Any) -> Any:
-        if inputs.counts is None:
-            return run(False, static, inputs, *arrays)
-        return stopping(static, inputs, *arrays)
-
-    return function
-
-
-@_stopping_early
-def _evaluate(stop_early: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
+@stopping_early
+def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
     fn, size = static
-    blocks = _Blocks(inputs, size, stop_early)
+    blocks = _Blocks(inputs, size, stop)
 
     def results(i: Any) -> Any:
         layers, counts, rows, shared = blocks.take(i)
@@ -132,13 +118,13 @@ def _evaluate(stop_early: bool, static: Static, inputs: Inputs) -> tuple[Any, An
     return blocks.loop(body, blocks.zeros(jax.eval_shape(results, 0)))
 
 
-@_stopping_early
+@stopping_early
 def _differentiate(
-    stop_early: bool, static: tuple[BlockFunction, int, Moving], inputs: Inputs, g: Any
+    stop: bool, static: tuple[BlockFunction, int, Moving], inputs: Inputs, g: Any
 ) -> tuple[Any, Inputs]:
     """The results, and the gradients of sum(g * real results), summed in the accumulation dtype."""
     fn, size, moving = static
-    blocks = _Blocks(inputs, size, stop_early)
+    blocks = _Blocks(inputs, size, stop)
     is_moving: Inputs = moving.tree(inputs)
 
     def step(i: Any) -> tuple[Any, Inputs]:
@@ -170,25 +156,25 @@ def _differentiate(
     return blocks.loop(body, (blocks.zeros(results), blocks.zero_gradients(gradients)))
 
 
-def _layer_gradient(is_moving: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
-    dz = operand(block, d_product)
-    hidden = hidden_gradient(block, dz).astype(_stored(block.hidden.dtype)) if is_moving.hidden else None
-    kernel = kernel_gradient(block, dz) if is_moving.kernel else None
-    bias = jnp.sum(d_product, 0) if is_moving.bias else None
-    return dataclasses.replace(block, hidden=hidden, kernel=kernel, bias=bias)
+def _layer_gradient(moves: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
+    found = gradient(moves, block, d_product)
+    hidden = found.hidden
+    return dataclasses.replace(
+        found, hidden=None if hidden is None else hidden.astype(_stored(block.hidden.dtype))
+    )
 
 
 class _Blocks:
     """N rows, `size` at a time: those that count first, in their order."""
 
-    def __init__(self, inputs: Inputs, size: int, stop_early: bool):
+    def __init__(self, inputs: Inputs, size: int, stop: bool):
         rows = inputs.layers[0].hidden.shape[0]
         self.inputs, self.size = inputs, size
         self.number: Any = -(-rows // size)
         self.order = None
         if inputs.counts is not None:
             self.order = jnp.argsort(~inputs.counts, stable=True)
-            if stop_early:
+            if stop:
                 self.number = (jnp.sum(inputs.counts, dtype=jnp.int32) + (size - 1)) // size
         elif rows % size:
             self.order = jnp.arange(rows)

@@ -11,8 +11,8 @@ from jax import Array
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks
 from .linear import LinearLogits
-from .plan import plan
-from .row_blocks import Inputs
+from .plan import plan, rows_of_a_block
+from .row_blocks import BlockFunction, Inputs
 
 
 def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
@@ -68,6 +68,31 @@ def weighted_sum(
     return row_blocks.sum_rows(of_block, size, inputs, weights)
 
 
+def by_blocks_of_rows(
+    fn: BlockFunction,
+    arrays: int,
+    layers: tuple[LinearLogits, ...],
+    counts: Array | None,
+    rows: Any,
+    shared: Any,
+    weights: Array | None = None,
+) -> Array:
+    """`fn` of several linear layers: its result per row, or their sum where `weights` are given.
+
+    `arrays` is how many arrays of a block's size `fn` and its gradient need at a time.
+    """
+    leading = layers[0].shape[:-1]
+    counts, rows, weights = flat_rows((counts, rows, weights), leading)
+    block_bytes = min(layer.block_bytes for layer in layers)
+    itemsize = max(layer.dtype.itemsize for layer in layers)
+    size = rows_of_a_block(math.prod(leading), layers[0].shape[-1], block_bytes, itemsize, arrays)
+    layers = tuple(dataclasses.replace(x, hidden=flat_rows(x.hidden, leading)) for x in layers)
+    inputs = Inputs(layers, counts, rows, shared)
+    if weights is not None:
+        return row_blocks.sum_rows(fn, size, inputs, weights)
+    return row_blocks.map_rows(fn, size, inputs)[0].reshape(leading)
+
+
 def rows_at_a_time(logits: LinearLogits) -> int | None:
     """How many rows a block has, with all classes; None where blocks of classes are better."""
     best = _plan(logits)
@@ -76,9 +101,7 @@ def rows_at_a_time(logits: LinearLogits) -> int | None:
 
 def _plan(logits: LinearLogits) -> Any:
     *rows, features = logits.hidden.shape
-    return plan(
-        math.prod(rows), features, logits.shape[-1], logits.block_bytes, logits.dtype.itemsize
-    )
+    return plan(math.prod(rows), features, logits.shape[-1], logits.block_bytes, logits.dtype.itemsize)
 
 
 def flat_rows(tree: Any, rows: tuple[int, ...]) -> Any:

@@ -37,9 +37,8 @@ def expected(name):
     form = FORMS[name]
     with jax.enable_x64(True):
         arguments = form.arguments(CLASSES, jnp.float64)
-        f = jax.value_and_grad(lambda z: total(form.plain)(z, *arguments[1:]))
-        gradient = jax.jit(f)(arguments[0])[1]
-        return np.asarray(form.plain(*arguments)), np.asarray(gradient)
+        losses, gradient = jax.jit(lambda *a: (form.plain(*a), jax.grad(total(form.plain))(*a)))(*arguments)
+        return np.asarray(losses), np.asarray(gradient)
 
 
 def assert_expected(name, losses, gradient):
