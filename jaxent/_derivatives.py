@@ -60,8 +60,8 @@ class _Join:
     is_real: tuple[bool, ...]
 
     def __call__(self, real: list[Any], integers: list[Any]) -> Any:
-        real, integers = iter(real), iter(integers)
-        return jax.tree.unflatten(self.treedef, [next(real if r else integers) for r in self.is_real])
+        left, right = iter(real), iter(integers)
+        return jax.tree.unflatten(self.treedef, [next(left if r else right) for r in self.is_real])
 
 
 def _split(tree: Any) -> tuple[list[Any], tuple[list[Any], _Join]]:

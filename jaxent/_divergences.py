@@ -32,7 +32,7 @@ def softmax_entropy(
     """Entropy of softmax(logits): -sum_j p_j log p_j over the classes in force.
 
     Args:
-      logits: `[..., V]`, floating point.
+      logits: `[..., V]`, floating point, or `LinearLogits`.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
       weights: real `[...]`, a factor per row.
@@ -97,8 +97,8 @@ def softmax_kl_divergence(
     For distillation multiply by T^2, which keeps the size of the gradient (Hinton et al. 2015).
 
     Args:
-      logits: `[..., V]`, floating point: the model.
-      target_logits: the shape of `logits`: the target. Stop its gradient where it is a teacher.
+      logits: `[..., V]`, floating point, or `LinearLogits`: the model.
+      target_logits: the shape of `logits`, or `LinearLogits`: the target. Stop its gradient where it is a teacher.
       temperature: T > 0, divides both.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
@@ -119,7 +119,7 @@ def softmax_kl_divergence(
       A class with p = 0 < q gives +inf; q = 0 gives 0.
 
     Cost:
-      Some passes over both logits with a few arrays of N x V.
+      Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
@@ -156,8 +156,8 @@ def softmax_js_divergence(
         loss = KL(p || h) / 2 + KL(q || h) / 2,   h = (p + q) / 2,   p, q = softmax(both / T)
 
     Args:
-      logits: `[..., V]`, floating point.
-      target_logits: the shape of `logits`.
+      logits: `[..., V]`, floating point, or `LinearLogits`.
+      target_logits: the shape of `logits`, or `LinearLogits`.
       temperature: T > 0, divides both.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
@@ -177,7 +177,7 @@ def softmax_js_divergence(
       supports give log 2.
 
     Cost:
-      Some passes over both logits with a few arrays of N x V.
+      Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.

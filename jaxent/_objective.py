@@ -61,7 +61,7 @@ def objective(
 
     by_blocks = None
     if reduction != "none" and isinstance(block.logits, LinearLogits):
-        by_blocks = _by_blocks(call, names, block.logits, own, of_all)
+        by_blocks = _by_blocks(call, names, block.logits, counts is not None, own, of_all)
     if by_blocks is not None:
         size, closed_over, call_of_block = by_blocks
 
@@ -78,11 +78,16 @@ def objective(
 
 
 def _by_blocks(
-    call: Callable[..., Array], names: tuple[str, ...], logits: LinearLogits, own: Any, of_all: Any
+    call: Callable[..., Array],
+    names: tuple[str, ...],
+    logits: LinearLogits,
+    masked: bool,
+    own: Any,
+    of_all: Any,
 ) -> tuple[int, Any, Callable[..., Array]] | None:
     """(rows of a block, what `call` closes over, `call` of a block), if blocks of rows are right and best."""
     rows = logits.shape[:-1]
-    size = sources.rows_at_a_time(logits)
+    size = sources.rows_at_a_time(logits, masked)
     if size is None or not rows or 0 in rows or not names:
         return None
     everything = jax.make_jaxpr(functools.partial(call, rows))(

@@ -1,20 +1,13 @@
 """Softmax losses: a few lines each on the row statistics."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from . import _contracts as contracts
-from ._logits import sources
 from ._logits.linear import LinearLogits
 from ._numerics import product_or_zero
-from ._objective import objective, prepare
-from ._reduction import keep
+from ._objective import objective
 from ._statistics import SoftmaxStatistics
-from ._tracing import available_statistics
 
 
 def softmax_cross_entropy(
@@ -42,7 +35,7 @@ def softmax_cross_entropy(
     is 1 there.
 
     Args:
-      logits: `[..., V]`, floating point: any real numbers. The softmax happens inside.
+      logits: `[..., V]`, floating point: any real numbers. The softmax happens inside. Or `LinearLogits`.
       labels: integers `[...]`, class indices in [0, V); or floats `[..., V]`, a distribution over the classes.
       axis: the class axis.
       where: bool `[...]`; a False row is gone, even if it holds NaN or a bad label.
@@ -69,7 +62,8 @@ def softmax_cross_entropy(
 
     Cost:
       Forward two passes over the logits, backward one; no array of N x V but the gradient. A distribution, a
-      class mask or class weights with smoothing may add one.
+      class mask or class weights with smoothing may add one. `LinearLogits`: 3 matmuls with gradients, 4 without
+      a reduction, and no array of N x V at all.
 
     Raises:
       TypeError: logits that are not floating point; float class indices; one-hot integers; a mask not bool.
@@ -124,7 +118,7 @@ def softmax_focal_loss(
     p_y = exp(sum_j q_j log p_j). The mean divides as there.
 
     Args:
-      logits: `[..., V]`, floating point.
+      logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
       gamma: >= 0; 0 is the cross-entropy.
       axis: as in `softmax_cross_entropy`, like all that follow.
@@ -210,7 +204,7 @@ def softmax_poly_loss(
     p_y = exp(sum_j q_j log p_j) and w_y = 1. The mean divides as there.
 
     Args:
-      logits: `[..., V]`, floating point.
+      logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
       epsilon: >= -1, the factor of the first polynomial term; 0 is the cross-entropy.
       axis: as in `softmax_cross_entropy`, like all that follow.
@@ -271,150 +265,6 @@ def softmax_poly_loss(
         class_mask=class_mask,
         reduction=reduction,
     )
-
-
-def softmax_loss(
-    fn: Callable[..., Array],
-    logits: Array | LinearLogits,
-    labels: Array | None,
-    *row_args: Any,
-    axis: int = -1,
-    where: Array | None = None,
-    ignore_index: int | None = None,
-    weights: Array | None = None,
-    class_mask: Array | None = None,
-    reduction: str = "mean",
-) -> Array:
-    """The general softmax loss: any function of a row's statistics, `fn(statistics, *row_args)`.
-
-        loss = sum(weights * fn(statistics, *row_args)) / sum(weights)      over the rows that count
-
-    Args:
-      fn: maps `SoftmaxStatistics` with fields `[...]` (and the row arguments) to losses `[...]`. Any jax
-        function; it is traced once more to see which statistics it reads, and only those are computed.
-      logits: `[..., V]`, floating point.
-      labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None: then no field that needs a label.
-      *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs. Where a row does
-        not count `fn` sees 0 instead. An array of another leading shape is passed as it is.
-      axis: the class axis.
-      where: bool `[...]`; a False row is gone.
-      ignore_index: rows with this integer label are gone as well.
-      weights: real `[...]`, a factor per row.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
-      reduction: "none", "sum" or "mean".
-
-    Returns:
-      Losses `[...]` or a scalar, in what unit `fn` gives.
-
-    Gradients:
-      With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in
-      forward mode. One rule for all functions: `fn` is differentiated by jax, the statistics by jaxent.
-
-    Numerics:
-      The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
-      that do not count contribute exactly 0, even if `fn` makes NaN of them.
-
-    Cost:
-      That of the statistics that `fn` reads.
-
-    Raises:
-      TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; an `fn` that does not give one loss per row.
-
-    Example:
-      A policy gradient with an entropy bonus:
-
-      >>> import jax.numpy as jnp, jaxent
-      >>> def objective(s, advantage):
-      ...     return -advantage * s.log_prob - 0.01 * s.entropy
-      >>> logits, actions = jnp.zeros((2, 4)), jnp.array([3, 1])
-      >>> print(jaxent.softmax_loss(objective, logits, actions, jnp.array([1.0, -1.0])).round(4))
-      -0.0139
-
-    Source:
-      The narrow waist of jaxent, docs/architecture.md.
-    """
-    return objective(
-        "softmax_loss",
-        lambda s, _, *args: fn(s, *args),
-        logits,
-        labels,
-        *row_args,
-        axis=axis,
-        where=where,
-        ignore_index=ignore_index,
-        weights=weights,
-        class_weights=None,
-        class_mask=class_mask,
-        reduction=reduction,
-    )
-
-
-def softmax_statistics(
-    logits: Array | LinearLogits,
-    labels: Array | None = None,
-    *,
-    names: Sequence[str] | None = None,
-    axis: int = -1,
-    where: Array | None = None,
-    class_mask: Array | None = None,
-) -> SoftmaxStatistics:
-    """Row statistics of logits: log-probability, log-normalizer, entropy, prediction, rank, in nats.
-
-    With log p = log_softmax(logits) over the classes in force:
-
-        log_prob = log p_y, or sum_j q_j log p_j         mean_log_prob = 1/V sum_j log p_j
-        log_normalizer = log sum_j exp(logits_j)         entropy = -sum_j p_j log p_j
-        prediction = argmax_j logits_j                   rank = how many logits are larger than the label's
-
-    Accuracy is `jnp.mean(prediction == labels)`, top-k accuracy `jnp.mean(rank < k)`.
-
-    Args:
-      logits: `[..., V]`, floating point.
-      labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None.
-      names: the fields to compute; the others are None. Default: all that the labels allow.
-      axis: the class axis.
-      where: bool `[...]`; the statistics of a False row are 0.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
-
-    Returns:
-      `SoftmaxStatistics`, each field `[...]`: float32 (float64 for float64 logits), `prediction` and `rank`
-      int32. `log_prob` and `weighted_log_prob` are None without labels, `rank` also for a
-      distribution.
-
-    Gradients:
-      Of all real fields with respect to `logits` (and a distribution), to any order and in forward mode.
-
-    Numerics:
-      As `softmax_cross_entropy`: `log_prob` and `entropy` are accurate for confident rows. A bad label makes
-      the real fields of its row NaN and its rank V.
-
-    Cost:
-      Two passes over the logits for `log_prob`, about one more for each other field in `names`.
-
-    Raises:
-      TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; a name that is unknown or needs labels.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxent
-      >>> s = jaxent.softmax_statistics(jnp.array([[2.0, 0.0, -1.0]]), jnp.array([1]))
-      >>> print(s.log_prob.round(4), s.entropy.round(4), s.prediction, s.rank)
-      [-2.1698] [0.5243] [0] [1]
-
-    Source:
-      log-prob and entropy in one pass: what policy-gradient training asks of a language model head.
-    """
-    function = "softmax_statistics"
-    block, counts, _, _ = prepare(function, logits, labels, axis, where, None, None, None, class_mask)
-    available = available_statistics(block)
-    if names is not None:
-        known = isinstance(names, Sequence) and not isinstance(names, str) and set(names) <= set(available)
-        remedy = "Some need (integer) labels."
-        contracts.check_option(function, "names", names, known, f"some of {available}", remedy)
-    wanted = tuple(name for name in available if names is None or name in names)
-    statistics = sources.statistics(wanted, block, counts)
-    return jax.tree.map(lambda x: keep(counts, x), statistics)
 
 
 class _Terms:

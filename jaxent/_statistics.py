@@ -56,7 +56,7 @@ class Block(NamedTuple):
     label that names no class in force is -1 everywhere: `poison`.
     """
 
-    logits: Array  # [..., B], any float dtype
+    logits: Any  # [..., B], any float dtype; before any arithmetic maybe a LinearLogits
     label: Array | None = None  # int [...]
     distribution: Array | None = None  # [..., B]
     class_weights: Array | None = None  # [B]

@@ -63,12 +63,10 @@ def available_statistics(block: Block) -> tuple[str, ...]:
 
 def example(names: tuple[str, ...], rows: tuple[int, ...], dtype: Any) -> SoftmaxStatistics:
     """Shapes and dtypes of statistics."""
-    return SoftmaxStatistics(
-        **{
-            name: jax.ShapeDtypeStruct(rows, jnp.int32 if name in INTEGER_STATISTICS else dtype)
-            for name in names
-        }
-    )
+    shapes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(rows, jnp.int32 if name in INTEGER_STATISTICS else dtype) for name in names
+    }
+    return SoftmaxStatistics(**shapes)
 
 
 def hoist(fn: Callable[..., Array], *arguments: Any) -> tuple[Callable[..., Array], list[Any]]:

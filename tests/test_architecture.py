@@ -25,7 +25,7 @@ LAYERS = [
     {"_logits"},
     {"_tracing"},
     {"_objective"},
-    {"_softmax", "_sigmoid", "_probability", "_divergences"},
+    {"_softmax", "_general", "_sigmoid", "_probability", "_divergences"},
     {"_diagnose"},
     {"__init__"},
 ]

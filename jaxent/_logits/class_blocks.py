@@ -168,14 +168,14 @@ def _label_logit(block: Block) -> Array:
 @stopping_early
 def _backward_pass(
     stop: bool,
-    static: tuple[Static, Moving],
+    static_and_moving: tuple[Static, Moving],
     inputs: Inputs,
     whole: Partial,
     entropy: Array | None,
     g: dict[str, Array],
 ) -> Block:
     """The gradients of what is differentiated, None for the rest."""
-    static, moving = static
+    static, moving = static_and_moving
     block = inputs.block
     moves: Block = moving.tree(inputs).block
 
@@ -222,7 +222,7 @@ def _backward_pass(
         total = jax.tree.map(put, rest, here)
         return total._replace(logits=dataclasses.replace(total.logits, hidden=hidden))
 
-    def zeros(moves: bool, x: Array, dtype: Any = None) -> Array | None:
+    def zeros(moves: Any, x: Array, dtype: Any = None) -> Array | None:
         return jnp.zeros(x.shape, dtype or x.dtype) if moves else None
 
     layer, moving_layer = block.logits, moves.logits

@@ -14,6 +14,8 @@ from .linear import LinearLogits
 from .plan import plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
 
+ROWS = 128  # at least so many are taken at a time where some do not count
+
 
 def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
     """The statistics `names` of rows; the gradient of a row that does not count is exactly 0."""
@@ -25,13 +27,13 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
     if 0 in rows:
         return dense.statistics(names, block._replace(logits=block.logits.dense()), counts)
     block, counts = _flat(block), flat_rows(counts, rows)
-    size = rows_at_a_time(block.logits)
+    size = rows_at_a_time(block.logits, counts is not None)
     if size is None:
         found = class_blocks.statistics(names, _plan(block.logits).classes, block, counts)
     else:
         own, shared = _own_and_shared(block)
 
-        def fn(logits: tuple[Array], counts: Array | None, own: Any, shared: Any) -> Any:
+        def fn(logits: tuple[Array, ...], counts: Array | None, own: Any, shared: Any) -> tuple[Any, Any]:
             found = vars(dense.statistics(names, _join(logits[0], own, shared), counts))
             real = {name: found[name] for name in names if name not in INTEGER_STATISTICS}
             return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
@@ -59,7 +61,7 @@ def weighted_sum(
     block = _flat(block)
     counts, weights, rows = flat_rows((counts, weights, rows), leading)
 
-    def of_block(logits: tuple[Array], counts: Array | None, rows: Any, shared: Any) -> Any:
+    def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
         found = dense.statistics(names, _join(logits[0], rows[0], shared[0]), counts)
         return fn(found, counts, rows[1], shared[1]), ()
 
@@ -93,10 +95,16 @@ def by_blocks_of_rows(
     return row_blocks.map_rows(fn, size, inputs)[0].reshape(leading)
 
 
-def rows_at_a_time(logits: LinearLogits) -> int | None:
-    """How many rows a block has, with all classes; None where blocks of classes are better."""
+def rows_at_a_time(logits: LinearLogits, masked: bool) -> int | None:
+    """How many rows a block has, with all classes; None where blocks of classes are better.
+
+    Masked rows are left out by whole blocks, so with a mask there should be some.
+    """
     best = _plan(logits)
-    return best.rows if best.classes == logits.shape[-1] else None
+    if best.classes < logits.shape[-1]:
+        return None
+    eighth = -(-math.prod(logits.shape[:-1]) // 8)
+    return min(best.rows, max(eighth, ROWS)) if masked else best.rows
 
 
 def _plan(logits: LinearLogits) -> Any:
