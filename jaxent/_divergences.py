@@ -231,7 +231,9 @@ def _divergence(
         class_mask = jnp.asarray(class_mask)
         class_mask = class_mask if class_mask.ndim == 1 else jnp.moveaxis(class_mask, axis, -1)
     both = tuple(
-        z if isinstance(z, LinearLogits) and z.hidden.size else jnp.moveaxis(_array(z), axis, -1)
+        jax.tree.map(jnp.asarray, z)
+        if isinstance(z, LinearLogits) and z.hidden.size
+        else jnp.moveaxis(_array(z), axis, -1)
         for z in (logits, target_logits)
     )
     static = ("kl" if function == "softmax_kl_divergence" else "js", float(temperature))

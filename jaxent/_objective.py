@@ -167,7 +167,9 @@ def prepare(
             ok &= _in_force(class_mask, label)
         label = jnp.where(ok, label, -1)
         contracts.debug_check_labels(function, ok if counts is None else ok | ~counts, labels, classes)
-    if not isinstance(logits, LinearLogits):
+    if isinstance(logits, LinearLogits):
+        logits = jax.tree.map(jnp.asarray, logits)
+    else:
         logits = jnp.moveaxis(jnp.asarray(logits), axis, -1)
     dtype = accumulation_dtype(logits.dtype)
     if labels is not None and not has_index:

@@ -11,7 +11,7 @@ from jax import Array
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks
 from .linear import LinearLogits
-from .plan import plan, rows_of_a_block
+from .plan import Plan, plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
 
 ROWS = 128  # at least so many are taken at a time where some do not count
@@ -107,9 +107,11 @@ def rows_at_a_time(logits: LinearLogits, masked: bool) -> int | None:
     return min(best.rows, max(eighth, ROWS)) if masked else best.rows
 
 
-def _plan(logits: LinearLogits) -> Any:
+def _plan(logits: LinearLogits) -> Plan:
     *rows, features = logits.hidden.shape
-    return plan(math.prod(rows), features, logits.shape[-1], logits.block_bytes, logits.dtype.itemsize)
+    itemsize = logits.dtype.itemsize
+    platform = jax.default_backend()
+    return plan(math.prod(rows), features, logits.shape[-1], logits.block_bytes, itemsize, platform)
 
 
 def flat_rows(tree: Any, rows: tuple[int, ...]) -> Any:

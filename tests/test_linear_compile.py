@@ -1,0 +1,222 @@
+"""What linear logits cost, exactly: operations of matmuls, memory, and that no array of N x V exists."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxent
+from jaxent._logits import sources
+from jaxent._logits.plan import Plan, plan
+from programs import avals, matmul_operations
+
+N, D, V = 600, 16, 1000
+MATMUL = 2 * N * D * V
+BLOCK = 64  # rows, or
+CLASSES = 200
+PLANS = {"rows": Plan(BLOCK, V), "classes": Plan(N, CLASSES)}
+all_plans = pytest.mark.parametrize("kind", PLANS)
+HIDDEN, KERNEL, BIAS = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((N, D), (D, V), (V,)))
+LABEL = jax.ShapeDtypeStruct((N,), jnp.int32)
+ROWS = np.cos(np.arange(N)).astype(np.float32)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    return lambda kind: monkeypatch.setattr(sources, "plan", lambda *_: PLANS[kind])
+
+
+def mean(hidden, kernel, bias, label, **options):
+    logits = jaxent.LinearLogits(hidden, kernel, bias)
+    return jaxent.softmax_cross_entropy(logits, label, reduction="mean", **options)
+
+
+def per_row(hidden, kernel, bias, label):
+    return jnp.vdot(ROWS, jaxent.softmax_cross_entropy(jaxent.LinearLogits(hidden, kernel, bias), label))
+
+
+def policy(hidden, kernel, bias, label):
+    """A user's function that closes over something traced."""
+    scale = jnp.mean(bias)
+    fn = lambda s, a: -a * jnp.tanh(s.log_prob) * scale - 0.1 * s.entropy  # noqa: E731
+    return jaxent.softmax_loss(fn, jaxent.LinearLogits(hidden, kernel, bias), label, ROWS)
+
+
+def mixing(hidden, kernel, bias, label):
+    fn = lambda s: s.log_prob - jnp.mean(s.log_prob)  # noqa: E731
+    return jaxent.softmax_loss(fn, jaxent.LinearLogits(hidden, kernel, bias), label, weights=ROWS)
+
+
+def compiled(f, *arguments):
+    return jax.jit(f).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile()
+
+
+def matmuls(f, *arguments):
+    """In units of one product of all rows; the rows that fill the last block are work as well."""
+    return matmul_operations(compiled(f, *arguments)) / MATMUL
+
+
+def gradient(f, *which):
+    return jax.value_and_grad(f, which)
+
+
+FILLED = BLOCK * -(-N // BLOCK) / N
+
+
+@pytest.mark.parametrize("loss", [mean, policy])
+def test_three_matmuls_for_a_sum(loss, force):
+    force("rows")
+    assert matmuls(gradient(loss, 0, 1, 2)) == pytest.approx(3 * FILLED)
+    assert matmuls(loss) == pytest.approx(FILLED)
+
+
+OPTIONS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-3},
+    "class weights": {"class_weights": np.linspace(0.5, 2, V)},
+    "class mask": {"class_mask": np.arange(V) % 3 != 1},
+    "weights": {"weights": np.linspace(0.5, 2, N)},
+}
+OPTIONS["everything"] = functools.reduce(lambda a, b: a | b, OPTIONS.values())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "loss", [jaxent.softmax_cross_entropy, jaxent.softmax_focal_loss, jaxent.softmax_poly_loss]
+)
+def test_three_matmuls_with_every_option(loss, name, force):
+    """They are functions that provably take each row by itself."""
+    force("rows")
+    jaxpr = jax.make_jaxpr(
+        lambda h, k, y: loss(jaxent.LinearLogits(h, k), y, reduction="sum", where=ROWS > 0, **OPTIONS[name])
+    )(HIDDEN, KERNEL, LABEL)
+    assert "_summed" in str(jaxpr) or "_summed_primal" in str(jaxpr)
+
+
+def test_four_matmuls_otherwise(force):
+    force("rows")
+    for f in (per_row, mixing):
+        assert matmuls(gradient(f, 0, 1, 2)) == pytest.approx(4 * FILLED)
+        assert matmuls(f) == pytest.approx(FILLED)
+    force("classes")
+    for f in (mean, per_row):
+        assert matmuls(gradient(f, 0, 1, 2)) == pytest.approx(4)
+        assert matmuls(f) == pytest.approx(1)
+
+
+def test_what_is_frozen_costs_nothing(force):
+    force("rows")
+    for which in ((0,), (1,), (0, 2), (1, 2)):
+        assert matmuls(gradient(mean, *which)) == pytest.approx(2 * FILLED)
+        assert matmuls(gradient(per_row, *which)) == pytest.approx(3 * FILLED)
+    assert matmuls(gradient(mean, 2)) == pytest.approx(FILLED)
+    force("classes")
+    for which in ((0,), (1,)):
+        assert matmuls(gradient(mean, *which)) == pytest.approx(3)
+
+
+def test_operations_are_counted():
+    f = jax.value_and_grad(lambda h, k: jnp.sum(jnp.tanh(h @ k)), (0, 1))
+    assert matmul_operations(jax.jit(f).lower(HIDDEN, KERNEL).compile()) == 3 * MATMUL
+    looped = jax.jit(lambda h, k: jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ k @ k.T), h))
+    assert matmul_operations(looped.lower(HIDDEN, KERNEL).compile()) == 14 * MATMUL
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_blocks_in_which_no_row_counts_are_not_run(share, differentiated, force):
+    force("rows")
+    calls = []
+
+    def fn(s):
+        jax.debug.callback(lambda: calls.append(1))
+        return -s.log_prob
+
+    def f(hidden, kernel, where):
+        logits = jaxent.LinearLogits(hidden, kernel)
+        return jaxent.softmax_loss(fn, logits, jnp.zeros(N, jnp.int32), where=where)
+
+    where = np.random.default_rng(0).permutation(np.arange(N) < share * N)
+    f = jax.value_and_grad(f, (0, 1)) if differentiated else f
+    jax.block_until_ready(jax.jit(f)(jnp.ones((N, D)), jnp.ones((D, V)), where))
+    jax.effects_barrier()
+    size = sources.rows_at_a_time(jaxent.LinearLogits(HIDDEN, KERNEL), True)
+    assert len(calls) == -(-int(where.sum()) // size)
+
+
+def statistics(hidden, kernel, bias, label):
+    s = jaxent.softmax_statistics(jaxent.LinearLogits(hidden, kernel, bias), label)
+    return sum(jnp.vdot(ROWS, x) for x in jax.tree.leaves(s))
+
+
+def divergence(name, reduction):
+    def f(hidden, kernel, bias, label):
+        other = jaxent.LinearLogits(hidden[:, :5], kernel[:5], block_bytes=80 * V * BLOCK)
+        logits = jaxent.LinearLogits(hidden, kernel, bias, block_bytes=80 * V * BLOCK)
+        return jnp.sum(getattr(jaxent, name)(logits, other, reduction=reduction, where=ROWS > 0))
+
+    return f
+
+
+PROGRAMS = {
+    "per row": per_row,
+    "policy": policy,
+    "mixing": mixing,
+    "statistics": statistics,
+    "entropy": lambda h, k, b, y: jaxent.softmax_entropy(jaxent.LinearLogits(h, k, b), reduction="mean"),
+    "kl": divergence("softmax_kl_divergence", "mean"),
+    "js": divergence("softmax_js_divergence", "none"),
+    **{name: functools.partial(mean, **options) for name, options in OPTIONS.items()},
+}
+
+
+@all_plans
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_array_of_rows_by_classes(name, kind, force):
+    force(kind)
+    jaxpr = jax.make_jaxpr(gradient(PROGRAMS[name], 0, 1, 2))(HIDDEN, KERNEL, BIAS, LABEL)
+    largest = max(np.prod(aval.shape) for aval in avals(jaxpr.jaxpr) if hasattr(aval, "shape"))
+    assert largest <= max(BLOCK * V, N * CLASSES, D * V)
+    assert largest < N * V / 3
+
+
+@pytest.mark.parametrize("rows", [4096, 32])
+@pytest.mark.parametrize("name", ["mean", "per row", "everything"])
+def test_temporaries_are_bounded(rows, name):
+    """Many rows: blocks of rows. Few: of classes. Beside the block, what the gradients take."""
+    features, classes, block_bytes = 32, 50_000, 2**24
+    options = (
+        {"label_smoothing": 0.1, "z_loss": 1e-3, "where": np.arange(rows) % 5 != 1}
+        if name == "everything"
+        else {}
+    )
+
+    def f(hidden, kernel, label):
+        logits = jaxent.LinearLogits(hidden, kernel, block_bytes=block_bytes)
+        if name == "per row":
+            return jnp.vdot(jnp.cos(jnp.arange(rows)), jaxent.softmax_cross_entropy(logits, label))
+        return jaxent.softmax_cross_entropy(logits, label, reduction="mean", **options)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, features), (features, classes))]
+    program = compiled(jax.value_and_grad(f, (0, 1)), *shapes, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    gradients = 4 * (rows * features + features * classes)
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    assert temporaries <= 1.1 * block_bytes + 2 * gradients
+    assert temporaries < 0.15 * (2 * 4 * rows * classes) or rows == 32
+
+
+def test_the_plan():
+    assert plan(2048, 512, 32_000, 2**27) == Plan(512, 32_000)
+    assert plan(32, 64, 1_000_000, 2**27).classes < 1_000_000
+    assert plan(8192, 4096, 131_072, 2**27, 4, "cpu").classes == 131_072
+    assert plan(8192, 4096, 131_072, 2**27, 4, "gpu").classes < 131_072
+    for rows in (0, 1, 3, 17, 1000):
+        for classes in (1, 2, 129, 5003):
+            for block_bytes in (1, 1000, 10**9):
+                found = plan(rows, 8, classes, block_bytes)
+                assert 1 <= found.classes <= classes and (
+                    1 <= found.rows <= max(rows, 1) or found.rows == rows
+                )
+                assert found.rows == rows or found.classes == classes
