@@ -192,6 +192,14 @@ OPTIONS = (
     Case("poly distribution", (12,), 300, loss="softmax_poly_loss", labels="distribution"),
 )
 CASES = PLAIN + CONFIDENT + OPTIONS
+STATISTICS = (
+    Case("7", (11,), 7),
+    Case("confident", (30,), 12, gap=60),
+    Case("shifted", (8,), 4096, offset=1e4),
+    Case("masked", (5, 3), 300, masks=("where", "class_mask")),
+    Case("masked per row", (5, 3), 6, axis=0, masks=("class_mask_rows",)),
+    Case("distribution", (6,), 20, labels="sparse"),
+)
 # What is rounded to a half dtype and widened again is a float32 computation: a few cases show that it is.
 HALF = tuple(
     case

@@ -1,7 +1,12 @@
 """How a test runs jaxent on a case, and how far a result is from the oracle's, in units that mean something."""
 
+import contextlib
 import functools
+import inspect
+import math
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,10 @@ import numpy as np
 
 import cases
 import jaxent
+from jaxent._logits import sources
+from jaxent._logits.plan import Plan
 
+LINEAR = ("rows", "classes")  # logits as a layer that is never built, in blocks of these; or "dense"
 ARRAYS = ("where", "weights", "class_weights", "class_mask")
 # significant bits, exponent of the smallest normal number
 FORMATS = {"float64": (53, -1022), "float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
@@ -32,16 +40,56 @@ def weights_in(arrays: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {name: cast(x, wide) for name, x in arrays.items()}
 
 
-@functools.cache  # compiled once for all inputs of a shape
-def compiled_value(loss: str, rest: tuple[tuple[str, Any], ...]) -> Any:
-    def f(inputs, arrays):
-        return getattr(jaxent, loss)(*inputs, **arrays, **dict(rest))
+@contextlib.contextmanager
+def blocks(source: str) -> Iterator[None]:
+    """Whatever is traced inside cuts layers into ragged blocks: most shapes leave a remainder, a few do not."""
 
-    return jax.jit(f)
+    def rows_of_a_block(rows: int, *_: Any) -> int:
+        return min(3, rows)
+
+    def plan(rows: int, features: int, classes: int, *_: Any) -> Plan:
+        by_rows, by_classes = Plan(rows_of_a_block(rows), classes), Plan(rows, classes // 4 + 1)
+        return {"rows": by_rows, "classes": by_classes}[source]
+
+    with contextlib.ExitStack() as stack:
+        if source != "dense":
+            stack.enter_context(mock.patch.object(sources, "plan", plan))
+            stack.enter_context(mock.patch.object(sources, "rows_of_a_block", rows_of_a_block))
+        yield
+
+
+def as_layer(z: Any) -> jaxent.LinearLogits:
+    """One-hot rows times the logits themselves: their product is exactly z, and dkernel is exactly dz."""
+    *rows, classes = z.shape
+    n = math.prod(rows)
+    return jaxent.LinearLogits(jnp.eye(n, dtype=z.dtype).reshape(*rows, n), z.reshape(n, classes))
+
+
+def call(loss: str, source: str, inputs: list[Any], options: dict[str, Any]) -> Any:
+    """The loss; where logits are not dense, those in `inputs` become layers, with the class axis last."""
+    f = getattr(jaxent, loss)
+    if source == "dense":
+        return f(*inputs, **options)
+    axis, shape = options.get("axis", -1), inputs[0].shape
+
+    def move(x: Any) -> Any:
+        return jnp.moveaxis(x, axis, -1) if jnp.shape(x) == shape else x
+
+    options = {name: move(x) for name, x in options.items() if name != "axis"}
+    inputs = [
+        as_layer(move(x)) if name.endswith("logits") else move(x)
+        for name, x in zip(inspect.signature(f).parameters, inputs, strict=False)
+    ]
+    return f(*inputs, **options)
+
+
+@functools.cache  # compiled once for all inputs of a shape
+def compiled_value(loss: str, rest: tuple[tuple[str, Any], ...], source: str) -> Any:
+    return jax.jit(lambda inputs, arrays: call(loss, source, inputs, arrays | dict(rest)))
 
 
 @functools.cache
-def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...]) -> Any:
+def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str) -> Any:
     def f(inputs, arrays, cotangent):
         moving = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
@@ -49,31 +97,40 @@ def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...]) -> Any:
             full = list(inputs)
             for i, x in zip(moving, moved, strict=True):
                 full[i] = x
-            return getattr(jaxent, loss)(*full, **arrays, **dict(rest))
+            return call(loss, source, full, arrays | dict(rest))
 
         out, vjp = jax.vjp(of_moving, [inputs[i] for i in moving])
-        return vjp(cotangent.astype(out.dtype))[0]
+        return out, vjp(cotangent.astype(out.dtype))[0]
 
     return jax.jit(f)
 
 
-def value(loss: str, *inputs: Any, dtype: str = "float32", **options: Any) -> np.ndarray:
-    """The compiled loss of logits and labels given in float64, computed in `dtype`."""
-    with jax.enable_x64(dtype == "float64"):
+def value(loss: str, *inputs: Any, dtype: str = "float32", source: str = "dense", **options: Any) -> Any:
+    """The compiled loss (or statistics) of logits and labels given in float64, computed in `dtype`."""
+    with jax.enable_x64(dtype == "float64"), blocks(source):
         arrays, rest = split(options)
-        f = compiled_value(loss, tuple(rest.items()))
-        return np.asarray(f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype)))
+        f = compiled_value(loss, tuple(rest.items()), source)
+        return jax.tree.map(np.asarray, f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype)))
 
 
-def gradients(
-    loss: str, *inputs: Any, cotangent: Any, dtype: str = "float32", **options: Any
-) -> list[np.ndarray]:
+def gradients(loss: str, *inputs: Any, **options: Any) -> list[np.ndarray]:
     """The compiled gradients by every input that is float."""
-    with jax.enable_x64(dtype == "float64"):
+    return value_and_gradients(loss, *inputs, **options)[1]
+
+
+def value_and_gradients(
+    loss: str,
+    *inputs: Any,
+    cotangent: Any,
+    dtype: str = "float32",
+    source: str = "dense",
+    **options: Any,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    with jax.enable_x64(dtype == "float64"), blocks(source):
         arrays, rest = split(options)
-        f = compiled_gradients(loss, tuple(rest.items()))
-        found = f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype), cast(cotangent, "float32"))
-        return [np.asarray(x) for x in found]
+        f = compiled_gradients(loss, tuple(rest.items()), source)
+        inputs, arrays = [cast(x, dtype) for x in inputs], weights_in(arrays, dtype)
+        return jax.tree.map(np.asarray, f(inputs, arrays, cast(cotangent, "float32")))
 
 
 def cotangent_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -50,7 +50,8 @@ def mixing(hidden, kernel, bias, label):
 
 
 def compiled(f, *arguments):
-    return jax.jit(f).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile()
+    anew = lambda *x: f(*x)  # noqa: E731  (jax would take the trace it has, of another plan)
+    return jax.jit(anew).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile()
 
 
 def matmuls(f, *arguments):
