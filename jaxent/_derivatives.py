@@ -74,17 +74,18 @@ def _split(tree: Any) -> tuple[list[Any], tuple[list[Any], _Join]]:
 
 def varying_like(like: Any, tree: Any) -> Any:
     """`tree`, whose leaves may be the same on all devices of a shard_map, as varying wherever a leaf of `like` is."""
-    varying = set().union(*(_varying(x) for x in jax.tree.leaves(like)))
+    axes = varying_axes(like)
 
     def cast(x: Any) -> Any:
-        axes = tuple(varying - _varying(x))
-        return jax.lax.pcast(x, axes, to="varying") if axes else x
+        more = tuple(axes - varying_axes(x))
+        return jax.lax.pcast(x, more, to="varying") if more else x
 
     return jax.tree.map(cast, tree)
 
 
-def _varying(x: Any) -> Set[Any]:
-    return jax.typeof(x).manual_axis_type.varying
+def varying_axes(tree: Any) -> Set[Any]:
+    """Over which axes of a shard_map (with check_vma) any leaf differs."""
+    return set().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
 
 @jax.tree_util.register_static

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from . import _contracts as contracts
+from ._derivatives import varying_axes, varying_like
 from ._logits import sources
 from ._logits.linear import LinearLogits, check_linear
 from ._numerics import accumulation_dtype
@@ -61,7 +62,7 @@ def objective(
 
     by_blocks = None
     if reduction != "none" and isinstance(block.logits, LinearLogits):
-        by_blocks = _by_blocks(call, names, block.logits, counts is not None, own, of_all)
+        by_blocks = _by_blocks(call, names, block, counts, weights, own, of_all)
     if by_blocks is not None:
         size, closed_over, call_of_block = by_blocks
 
@@ -80,32 +81,34 @@ def objective(
 def _by_blocks(
     call: Callable[..., Array],
     names: tuple[str, ...],
-    logits: LinearLogits,
-    masked: bool,
+    block: Block,
+    counts: Array | None,
+    weights: Array | None,
     own: Any,
     of_all: Any,
 ) -> tuple[int, Any, Callable[..., Array]] | None:
     """(rows of a block, what `call` closes over, `call` of a block), if blocks of rows are right and best."""
-    rows = logits.shape[:-1]
-    size = sources.rows_at_a_time(logits, masked)
+    rows, dtype = block.logits.shape[:-1], block.logits.dtype
+    size = sources.rows_at_a_time(block.logits, counts is not None)
     if size is None or not rows or 0 in rows or not names:
         return None
-    everything = jax.make_jaxpr(functools.partial(call, rows))(
-        example(names, rows, logits.dtype), own, of_all
-    )
+    everything = jax.make_jaxpr(functools.partial(call, rows))(example(names, rows, dtype), own, of_all)
     of_rows = len(names) + len(jax.tree.leaves(own))
     is_of_row = [i < of_rows for i in range(len(everything.jaxpr.invars))]
     if not takes_rows_apart(everything, rows, is_of_row):
         return None
 
-    def of_block(x: Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size, *x.shape[len(rows) :]), x.dtype)
-
-    statistics, own = example(names, (size,), logits.dtype), jax.tree.map(of_block, own)
+    inputs = (block, counts, weights, own, of_all)
+    statistics = jax.tree.map(lambda x: jnp.zeros(size, x.dtype), example(names, rows, dtype))
+    own = jax.tree.map(lambda x: sources.flat_rows(x, rows)[jnp.zeros(size, int)], own)
     try:
-        call_of_block, closed_over = hoist(functools.partial(call, (size,)), statistics, own, of_all)
+        call_of_block, closed_over = hoist(
+            functools.partial(call, (size,)), *varying_like(inputs, (statistics, own, of_all))
+        )
     except (IndexError, TypeError, ValueError):  # written for the shape of all rows
         return None
+    if any(varying_axes(x) != varying_axes(inputs) for x in closed_over):
+        return None  # a shard_map's jaxpr says of each array over which devices it differs
     return size, closed_over, call_of_block
 
 

@@ -70,17 +70,20 @@ def example(names: tuple[str, ...], rows: tuple[int, ...], dtype: Any) -> Softma
 
 
 def hoist(fn: Callable[..., Array], *arguments: Any) -> tuple[Callable[..., Array], list[Any]]:
-    """(`function(closed_over, *arguments)`, what `fn` closes over).
+    """(`function(closed_over, *arguments)`, the traced arrays that `fn` closes over).
 
     A rule of differentiation has to know all that it differentiates as its arguments.
     """
     closed = jax.make_jaxpr(fn)(*arguments)
+    is_traced = [isinstance(x, jax.core.Tracer) for x in closed.consts]
 
     def function(closed_over: list[Any], *arguments: Any) -> Array:
-        (out,) = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves(arguments))
+        traced = iter(closed_over)
+        consts = [next(traced) if t else x for x, t in zip(closed.consts, is_traced, strict=True)]
+        (out,) = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments))
         return out
 
-    return function, closed.consts
+    return function, [x for x, t in zip(closed.consts, is_traced, strict=True) if t]
 
 
 # Whether rows are mixed. A function that normalizes over rows, or closes over an array with a value per row, must see
