@@ -9,9 +9,6 @@ rotates, and what is reported is the median over rounds of the ratio to optax's 
 
 import argparse
 import gc
-import importlib.metadata
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from common import readable_bytes, readable_seconds, surroundings, table
 
 import jaxent
 
@@ -194,35 +192,6 @@ def errors(problem: Problem) -> dict[str, tuple[float, float]]:
     return {name: (float(e[~sure].max()), float(e[sure].max())) for name, e in relative.items()}
 
 
-def readable_seconds(rounds: list[float]) -> str:
-    """The median, and how quiet the machine was."""
-    low, middle, high = (1e3 * f(rounds) for f in (min, statistics.median, max))
-    return f"{middle:.3g} ms ({low:.3g} to {high:.3g})"
-
-
-def readable_bytes(count: int | None) -> str:
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table whose columns line up in a terminal too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells):
-        first, *rest = cells
-        padded = [first.ljust(widths[0])] + [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(map(line, [header, rule, *rows]))
-
-
 def draw(results: dict[str, dict[str, dict[str, float]]], path: Path, caption: str) -> None:
     """results[mode][problem][contestant] = ratio to optax's integer loss."""
     matplotlib.use("agg")
@@ -271,21 +240,6 @@ def draw(results: dict[str, dict[str, dict[str, float]]], path: Path, caption: s
     plt.close(figure)
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(source tree)"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds")
@@ -294,17 +248,13 @@ def main() -> None:
     args = parser.parse_args()
     rounds = args.rounds or (3 if args.quick else 7)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ["jax", "jaxent", "optax", "numpy"] + (["torch"] if torch is not None else [])
-    versions = ", ".join(f"{p} {version(p)}" for p in packages)
+    caption = surroundings(["jax", "jaxent", "optax", "numpy"] + (["torch"] if torch is not None else []))
+    caption = f"{caption}; {rounds} rounds"
     command = " ".join(["python", "benchmarks/dense.py", *sys.argv[1:]])
-    device = jax.devices()[0]
-    where = f"{processor()}, {cores} cores" if device.platform == "cpu" else device.device_kind
-    caption = f"{where}; Python {platform.python_version()}, {versions}; {rounds} rounds"
     print(f"`{command}`\n{caption}\n")
     if torch is None:
         print("torch is not installed: it takes no part.\n")
-    elif device.platform != "cpu":
+    elif jax.devices()[0].platform != "cpu":
         print("torch runs on the CPU here, the others do not: compare it with nothing.\n")
 
     ratios: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}

@@ -14,9 +14,11 @@ import numpy as np
 
 import cases
 import jaxent
-from jaxent._logits import sources
+from jaxent._logits import class_blocks, sources
 from jaxent._logits.plan import Plan
 
+# What LLVM makes of a program is seldom the question, and takes a third of the time that compiling takes.
+QUICK = {"xla_backend_optimization_level": 0}
 LINEAR = ("rows", "classes")  # logits as a layer that is never built, in blocks of these; or "dense"
 ARRAYS = ("where", "weights", "class_weights", "class_mask")
 # significant bits, exponent of the smallest normal number
@@ -44,10 +46,10 @@ def weights_in(arrays: dict[str, Any], dtype: str) -> dict[str, Any]:
 def blocks(source: str) -> Iterator[None]:
     """Whatever is traced inside cuts layers into ragged blocks: most shapes leave a remainder, a few do not."""
 
-    def rows_of_a_block(rows: int, *_: Any) -> int:
+    def rows_of_a_block(rows: int, *_: Any, **__: Any) -> int:
         return min(3, rows)
 
-    def plan(rows: int, features: int, classes: int, *_: Any) -> Plan:
+    def plan(rows: int, features: int, classes: int, *_: Any, **__: Any) -> Plan:
         by_rows, by_classes = Plan(rows_of_a_block(rows), classes), Plan(rows, classes // 4 + 1)
         return {"rows": by_rows, "classes": by_classes}[source]
 
@@ -55,6 +57,7 @@ def blocks(source: str) -> Iterator[None]:
         if source != "dense":
             stack.enter_context(mock.patch.object(sources, "plan", plan))
             stack.enter_context(mock.patch.object(sources, "rows_of_a_block", rows_of_a_block))
+            stack.enter_context(mock.patch.object(class_blocks, "ROWS", 2))  # where some do not count
         yield
 
 
@@ -89,7 +92,7 @@ def compiled_value(loss: str, rest: tuple[tuple[str, Any], ...], source: str) ->
 
 
 @functools.cache
-def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str) -> Any:
+def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str, quick: bool = False) -> Any:
     def f(inputs, arrays, cotangent):
         moving = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
@@ -102,7 +105,7 @@ def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str
         out, vjp = jax.vjp(of_moving, [inputs[i] for i in moving])
         return out, vjp(cotangent.astype(out.dtype))[0]
 
-    return jax.jit(f)
+    return jax.jit(f, compiler_options=QUICK if quick else None)
 
 
 def value(loss: str, *inputs: Any, dtype: str = "float32", source: str = "dense", **options: Any) -> Any:
@@ -124,11 +127,12 @@ def value_and_gradients(
     cotangent: Any,
     dtype: str = "float32",
     source: str = "dense",
+    quick: bool = False,
     **options: Any,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     with jax.enable_x64(dtype == "float64"), blocks(source):
         arrays, rest = split(options)
-        f = compiled_gradients(loss, tuple(rest.items()), source)
+        f = compiled_gradients(loss, tuple(rest.items()), source, quick)
         inputs, arrays = [cast(x, dtype) for x in inputs], weights_in(arrays, dtype)
         return jax.tree.map(np.asarray, f(inputs, arrays, cast(cotangent, "float32")))
 
