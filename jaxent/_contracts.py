@@ -34,8 +34,8 @@ def describe(x: Any) -> str:
 
 
 def dtype_of(x: Any) -> Any:
-    """Also of a Python number, and of what only looks like an array."""
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    """Also of what only looks like an array."""
+    return x.dtype if hasattr(x, "dense") else jnp.result_type(x)
 
 
 def has_shape(x: Any, shape: tuple[int, ...]) -> bool:
