@@ -33,7 +33,16 @@ from . import dense, linear
 ROWS = 256  # at least so many are taken at a time where some do not count
 
 
+class Rule(NamedTuple):
+    """What the pass over all classes gives, and its gradient for some of them."""
+
+    results: Callable[[tuple[str, ...], Partial, Block], Any]  # (names, whole, block)
+    logits_gradient: Callable[[Block, Partial, Any, Any], Array]  # (block of classes, whole, results, cotangents)
+    distribution_gradient: Callable[[Block, Partial, Any], Array]
+
+
 class Static(NamedTuple):
+    rule: Rule
     names: tuple[str, ...]  # of statistics
     classes: int  # of a block
     rows: int  # of a block
