@@ -50,7 +50,7 @@ def softmax_loss(
 
     Gradients:
       With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in
-      forward mode (of `LinearLogits`: where the loss is reduced). One rule for all functions: `fn` is
+      forward mode (`LinearLogits` has its limits). One rule for all functions: `fn` is
       differentiated by jax, the statistics by jaxent.
 
     Numerics:

@@ -16,7 +16,7 @@ from ._logits.linear import LinearLogits, check_linear
 from ._numerics import accumulation_dtype
 from ._reduction import keep, reduce, row_weights, scale_of_rows
 from ._statistics import Block, SoftmaxStatistics, take_class
-from ._tracing import example, hoist, takes_rows_apart, used_statistics
+from ._tracing import example, hoist, same_numbers, takes_rows_apart, used_statistics
 
 StatisticsFunction = Callable[..., Array]
 
@@ -102,11 +102,13 @@ def _by_blocks(
     statistics = jax.tree.map(lambda x: jnp.zeros(size, x.dtype), example(names, rows, dtype))
     own = jax.tree.map(lambda x: sources.flat_rows(x, rows)[jnp.zeros(size, int)], own)
     try:
-        call_of_block, closed_over = hoist(
-            functools.partial(call, (size,)), *varying_like(inputs, (statistics, own, of_all))
-        )
+        arguments = varying_like(inputs, (statistics, own, of_all))
+        of_block = jax.make_jaxpr(functools.partial(call, (size,)))(*arguments)
     except (IndexError, TypeError, ValueError):  # written for the shape of all rows
         return None
+    if not same_numbers(everything, of_block):  # len(s.log_prob) is a number
+        return None
+    call_of_block, closed_over = hoist(of_block)
     if any(varying_axes(x) != varying_axes(inputs) for x in closed_over):
         return None  # a shard_map's jaxpr says of each array over which devices it differs
     return size, closed_over, call_of_block

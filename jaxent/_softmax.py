@@ -52,7 +52,8 @@ def softmax_cross_entropy(
 
     Gradients:
       p - onehot(labels) times the row's weight, for the plain loss, in the dtype of `logits`. A distribution gets
-      -log p. Forward mode and higher orders work too. `class_weights` are constants.
+      -log p. Forward mode and higher orders work too (`LinearLogits` has its limits). `class_weights` are
+      constants.
 
     Numerics:
       Computed in float32 (float64 for float64), accurate to a few ulp down to losses of 1e-30, where

@@ -199,7 +199,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     """
     m = jnp.maximum(a.max, b.max)
     a_holds = a.max >= b.max
-    shrink = jnp.exp(jnp.where(a_holds, b.max, a.max) - jnp.where(m == -jnp.inf, 0, m))
+    shrink = exp_difference(jnp.where(a_holds, b.max, a.max), jnp.where(m == -jnp.inf, 0, m))
     big_rest = jnp.where(a_holds, a.rest, b.rest)
     small_rest = jnp.where(a_holds, b.rest, a.rest)
     rest = big_rest + shrink * (1 + small_rest)

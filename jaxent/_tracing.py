@@ -1,12 +1,13 @@
 """What a function of row statistics reads, closes over and mixes, found by tracing it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
 
 from . import _contracts as contracts
 from ._statistics import INTEGER_STATISTICS, STATISTICS, Block, SoftmaxStatistics
@@ -69,12 +70,11 @@ def example(names: tuple[str, ...], rows: tuple[int, ...], dtype: Any) -> Softma
     return SoftmaxStatistics(**shapes)
 
 
-def hoist(fn: Callable[..., Array], *arguments: Any) -> tuple[Callable[..., Array], list[Any]]:
-    """(`function(closed_over, *arguments)`, the traced arrays that `fn` closes over).
+def hoist(closed: ClosedJaxpr) -> tuple[Callable[..., Array], list[Any]]:
+    """(`function(closed_over, *arguments)`, the traced arrays that a traced function closes over).
 
     A rule of differentiation has to know all that it differentiates as its arguments.
     """
-    closed = jax.make_jaxpr(fn)(*arguments)
     is_traced = [isinstance(x, jax.core.Tracer) for x in closed.consts]
 
     def function(closed_over: list[Any], *arguments: Any) -> Array:
@@ -112,6 +112,26 @@ def takes_rows_apart(closed: ClosedJaxpr, rows: tuple[int, ...], is_of_row: Sequ
         for var, of_row in zip(closed.jaxpr.invars, is_of_row, strict=True)
     ]
     return MIXED not in _dependence(closed.jaxpr, inputs, rows)
+
+
+def same_numbers(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
+    """Whether one function, traced for two numbers of rows, uses neither of them as a number."""
+    return list(_numbers(a)) == list(_numbers(b))
+
+
+def _numbers(closed: ClosedJaxpr) -> Iterator[Any]:
+    for x in closed.consts:
+        yield None if isinstance(x, jax.core.Tracer) else np.asarray(x).tolist()
+    yield from _numbers_of_equations(closed.jaxpr)
+
+
+def _numbers_of_equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        yield [np.asarray(var.val).tolist() for var in equation.invars if isinstance(var, Literal)]
+        yield [value for value in equation.params.values() if isinstance(value, bool | int | float | str)]
+        for inner in jaxprs_in_params(equation.params):
+            yield from _numbers_of_equations(inner)
 
 
 def _constant(aval: Any, rows: tuple[int, ...]) -> str:

@@ -41,7 +41,9 @@ class LinearLogits:
 
     Gradients:
       Of `hidden`, `kernel` and `bias`, each in its dtype, summed in float32 over rows and blocks. What is not
-      differentiated (a frozen kernel) costs no matmul.
+      differentiated (a frozen kernel) costs no matmul. To any order; forward over reverse (`jax.jvp` of
+      `jax.grad`, `jax.hessian`) everywhere. `jax.jvp` of the loss itself: of sums in blocks of rows, else a
+      TypeError of jax.
 
     Numerics:
       Operands of mixed dtypes are promoted as in `jnp.matmul`; products are summed to float32, and everything up
