@@ -12,6 +12,7 @@ from . import _contracts as contracts
 from ._derivatives import with_forward_mode
 from ._logits import sources
 from ._logits.linear import LinearLogits
+from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype, exp_difference, lowest, product_or_zero
 from ._objective import check_class_mask, check_logits, objective
 from ._reduction import keep_gradient, reduce, row_weights, scale_of_rows
@@ -28,6 +29,8 @@ def softmax_entropy(
     weights: Array | None = None,
     class_mask: Array | None = None,
     reduction: str = "none",
+    class_axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
 ) -> Array:
     """Entropy of softmax(logits): -sum_j p_j log p_j over the classes in force.
 
@@ -38,6 +41,8 @@ def softmax_entropy(
       weights: real `[...]`, a factor per row.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
       reduction: "none", "sum" or "mean" (sum(weights * entropy) / sum(weights)).
+      class_axis_name: of a mapped axis along which the classes are split.
+      batch_axis_name: of a mapped axis along which the rows are split.
 
     Returns:
       Entropy in nats, in [0, log V], `[...]` or a scalar: float32, or float64 for float64 logits.
@@ -76,6 +81,8 @@ def softmax_entropy(
         class_weights=None,
         class_mask=class_mask,
         reduction=reduction,
+        class_axis_name=class_axis_name,
+        batch_axis_name=batch_axis_name,
     )
 
 

@@ -9,6 +9,7 @@ from jax import Array
 from . import _contracts as contracts
 from ._logits import sources
 from ._logits.linear import LinearLogits
+from ._logits.sharded import AxisName
 from ._objective import objective, prepare
 from ._reduction import keep
 from ._statistics import SoftmaxStatistics
@@ -26,6 +27,8 @@ def softmax_loss(
     weights: Array | None = None,
     class_mask: Array | None = None,
     reduction: str = "mean",
+    class_axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
 ) -> Array:
     """The general softmax loss: any function of a row's statistics, `fn(statistics, *row_args)`.
 
@@ -44,6 +47,8 @@ def softmax_loss(
       weights: real `[...]`, a factor per row.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
       reduction: "none", "sum" or "mean".
+      class_axis_name: of a mapped axis along which the classes are split.
+      batch_axis_name: of a mapped axis along which the rows are split.
 
     Returns:
       Losses `[...]` or a scalar, in what unit `fn` gives.
@@ -91,6 +96,8 @@ def softmax_loss(
         class_weights=None,
         class_mask=class_mask,
         reduction=reduction,
+        class_axis_name=class_axis_name,
+        batch_axis_name=batch_axis_name,
     )
 
 
@@ -102,6 +109,7 @@ def softmax_statistics(
     axis: int = -1,
     where: Array | None = None,
     class_mask: Array | None = None,
+    class_axis_name: AxisName = None,
 ) -> SoftmaxStatistics:
     """Row statistics of logits: log-probability, log-normalizer, entropy, prediction, rank, in nats.
 
@@ -120,6 +128,7 @@ def softmax_statistics(
       axis: the class axis.
       where: bool `[...]`; the statistics of a False row are 0.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
+      class_axis_name: of a mapped axis along which the classes are split.
 
     Returns:
       `SoftmaxStatistics`, each field `[...]`: float32 (float64 for float64 logits), `prediction` and `rank`
@@ -152,12 +161,14 @@ def softmax_statistics(
       log-prob and entropy in one pass: what policy-gradient training asks of a language model head.
     """
     function = "softmax_statistics"
-    block, counts, _, _ = prepare(function, logits, labels, axis, where, None, None, None, class_mask)
+    block, counts, _, _ = prepare(
+        function, logits, labels, axis, where, None, None, None, class_mask, class_axis_name
+    )
     available = available_statistics(block)
     if names is not None:
         known = isinstance(names, Sequence) and not isinstance(names, str) and set(names) <= set(available)
         remedy = "Some need (integer) labels."
         contracts.check_option(function, "names", names, known, f"some of {available}", remedy)
     wanted = tuple(name for name in available if names is None or name in names)
-    statistics = sources.statistics(wanted, block, counts)
+    statistics = sources.statistics(wanted, block, counts, class_axis_name)
     return jax.tree.map(lambda x: keep(counts, x), statistics)

@@ -13,6 +13,7 @@ from . import _contracts as contracts
 from ._derivatives import varying_axes, varying_like
 from ._logits import sources
 from ._logits.linear import LinearLogits, check_linear
+from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
 from ._reduction import keep, reduce, row_weights, scale_of_rows
 from ._statistics import Block, SoftmaxStatistics, take_class
@@ -34,6 +35,8 @@ def objective(
     class_weights: Array | None,
     class_mask: Array | None,
     reduction: str,
+    class_axis_name: AxisName,
+    batch_axis_name: AxisName,
 ) -> Array:
     """`fn(statistics, label_weight, *row_args)` of every row, reduced.
 
@@ -42,12 +45,21 @@ def objective(
     """
     contracts.check_reduction(function, reduction)
     block, counts, weights, rows = prepare(
-        function, logits, labels, axis, where, ignore_index, weights, class_weights, class_mask
+        function,
+        logits,
+        labels,
+        axis,
+        where,
+        ignore_index,
+        weights,
+        class_weights,
+        class_mask,
+        class_axis_name,
     )
     label_weight = None
     if block.class_weights is not None and block.label is not None:
         # the row of a bad label counts: its loss is NaN
-        label_weight = jnp.where(block.label < 0, 1, take_class(block.class_weights, block.label))
+        label_weight = _label_weight(block.class_weights, block.label, class_axis_name)
         counts = both(counts, label_weight != 0)
         label_weight = keep(counts, label_weight, 1)
 
@@ -61,7 +73,7 @@ def objective(
         return _check_losses(function, losses, shape)
 
     by_blocks = None
-    if reduction != "none" and isinstance(block.logits, LinearLogits):
+    if reduction != "none" and isinstance(block.logits, LinearLogits) and class_axis_name is None:
         by_blocks = _by_blocks(call, names, block, counts, weights, own, of_all)
     if by_blocks is not None:
         size, closed_over, call_of_block = by_blocks
@@ -69,13 +81,29 @@ def objective(
         def of_block(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
             return call_of_block(shared[0], *_keep_rows(counts, (statistics, own)), shared[1])
 
-        scale = scale_of_rows(counts, weights, reduction, label_weight, rows, block.logits.dtype)
+        scale = scale_of_rows(
+            counts, weights, reduction, label_weight, rows, block.logits.dtype, batch_axis_name
+        )
         shared = (closed_over, of_all)
-        return sources.weighted_sum(of_block, size, names, block, counts, scale, own, shared)
+        total = sources.weighted_sum(of_block, size, names, block, counts, scale, own, shared)
+        return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
 
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
-    statistics, own = _keep_rows(counts, (sources.statistics(names, block, counts), own))
-    return reduce(call(rows, statistics, own, of_all), counts, weights, reduction, label_weight)
+    statistics = sources.statistics(names, block, counts, class_axis_name)
+    statistics, own = _keep_rows(counts, (statistics, own))
+    losses = call(rows, statistics, own, of_all)
+    return reduce(losses, counts, weights, reduction, label_weight, batch_axis_name)
+
+
+def _label_weight(class_weights: Array, label: Array, class_axis_name: AxisName) -> Array:
+    """w_y; 1 for a bad label, whose loss is NaN and whose row counts."""
+    if class_axis_name is None:
+        weight = take_class(class_weights, label)
+    else:
+        classes = class_weights.shape[0]
+        here = label - lax.axis_index(class_axis_name) * classes
+        weight = lax.psum(take_class(class_weights, here), class_axis_name)
+    return jnp.where(label < 0, 1, weight)
 
 
 def _by_blocks(
@@ -136,8 +164,12 @@ def prepare(
     weights: Array | None,
     class_weights: Array | None,
     class_mask: Array | None,
+    class_axis_name: AxisName,
 ) -> tuple[Block, Array | None, Array | None, tuple[int, ...]]:
-    """Checked arguments as (block with the class axis last, which rows count, their weights, shape of rows)."""
+    """Checked arguments as (block with the class axis last, which rows count, their weights, shape of rows).
+
+    Labels count over all classes; a bad one is -1.
+    """
     check_logits(function, logits, axis)
     shape = logits.shape if isinstance(logits, LinearLogits) else np.shape(logits)
     classes = shape[axis]
@@ -163,13 +195,15 @@ def prepare(
     label = distribution = None
     if has_index:
         mask = contracts.host_mask(where, raw_weights)
+        if class_axis_name is not None:
+            classes *= lax.axis_size(class_axis_name)
         labels, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
         if ignored is not None:
             counts = both(counts, ~ignored)
         ok = jnp.logical_and(labels >= 0, labels < classes)
         label = jnp.where(ok, labels, 0).astype(jnp.int32)
         if class_mask is not None:
-            ok &= _in_force(class_mask, label)
+            ok &= _in_force(class_mask, label, class_axis_name)
         label = jnp.where(ok, label, -1)
         contracts.debug_check_labels(function, ok if counts is None else ok | ~counts, labels, classes)
     if isinstance(logits, LinearLogits):
@@ -210,11 +244,19 @@ def both(a: Array | None, b: Array | None) -> Array | None:
     return a & b
 
 
-def _in_force(class_mask: Array, label: Array) -> Array:
+def _in_force(class_mask: Array, label: Array, class_axis_name: AxisName) -> Array:
+    classes = class_mask.shape[-1]
+    if class_axis_name is not None:
+        label = label - lax.axis_index(class_axis_name) * classes
     if class_mask.ndim == 1:
-        return class_mask[label]
-    hit = jnp.arange(class_mask.shape[-1]) == label[..., None]
-    return jnp.any(hit & class_mask, -1)
+        lane = jnp.clip(label, 0, classes - 1)
+        found = (label == lane) & class_mask[lane]
+    else:
+        hit = jnp.arange(classes) == label[..., None]
+        found = jnp.any(hit & class_mask, -1)
+    if class_axis_name is None:
+        return found
+    return lax.pmax(found.astype(jnp.int32), class_axis_name) > 0
 
 
 def _split_arguments(row_args: Any, rows: tuple[int, ...]) -> tuple[list[Any], list[Any], Callable[..., Any]]:

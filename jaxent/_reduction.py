@@ -1,10 +1,11 @@
 """Which rows count, how much, and what is made of them: where, weights, the three reductions, the weighted mean."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from . import _contracts as contracts
@@ -56,6 +57,7 @@ def reduce(
     weights: Array | None,
     reduction: str,
     label_weight: Array | None = None,
+    batch_axis_name: Any = None,
 ) -> Array:
     """Weighted losses, reduced; rows that do not count contribute exactly 0, whatever they hold.
 
@@ -67,10 +69,11 @@ def reduce(
         losses = losses * weights
     if reduction == "none":
         return losses
-    total = jnp.sum(losses)
+    total = _sum_over(batch_axis_name, jnp.sum(losses))
     if reduction == "sum":
         return total
-    return divide_or_zero(total, _total_weight(counts, weights, label_weight, losses.shape, losses.dtype))
+    weight = _total_weight(counts, weights, label_weight, losses.shape, losses.dtype, batch_axis_name)
+    return divide_or_zero(total, weight)
 
 
 def scale_of_rows(
@@ -80,13 +83,15 @@ def scale_of_rows(
     label_weight: Array | None,
     shape: tuple[int, ...],
     dtype: DTypeLike,
+    batch_axis_name: Any = None,
 ) -> Array:
     """`[...]`: the factors with which `reduce` adds up losses, known before any of them."""
     scale = jnp.ones(shape, dtype) if weights is None else weights.astype(dtype)
     scale = keep(counts, scale)
     if reduction == "sum":
         return scale
-    return divide_or_zero(scale, _total_weight(counts, weights, label_weight, shape, scale.dtype))
+    weight = _total_weight(counts, weights, label_weight, shape, scale.dtype, batch_axis_name)
+    return divide_or_zero(scale, weight)
 
 
 def _total_weight(
@@ -95,13 +100,18 @@ def _total_weight(
     label_weight: Array | None,
     shape: tuple[int, ...],
     dtype: DTypeLike,
+    batch_axis_name: Any,
 ) -> Array:
-    """What a mean divides by."""
+    """What a mean divides by, over all devices along `batch_axis_name`."""
     factors = [x.astype(dtype) for x in (weights, label_weight) if x is not None]
     if not factors and counts is None:
-        return jnp.asarray(math.prod(shape), dtype)
+        return _sum_over(batch_axis_name, jnp.asarray(math.prod(shape), dtype))
     factor = math.prod(factors[1:], start=factors[0]) if factors else jnp.ones(shape, dtype)
-    return jnp.sum(keep(counts, factor))
+    return _sum_over(batch_axis_name, jnp.sum(keep(counts, factor)))
+
+
+def _sum_over(axis_name: Any, x: Array) -> Array:
+    return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def divide_or_zero(total: Array, weight: Array) -> Array:
@@ -110,7 +120,9 @@ def divide_or_zero(total: Array, weight: Array) -> Array:
     return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
 
 
-def mean(losses: Array, *, where: Array | None = None, weights: Array | None = None) -> Array:
+def mean(
+    losses: Array, *, where: Array | None = None, weights: Array | None = None, axis_name: Any = None
+) -> Array:
     """Weighted mean of losses: sum(w * l) / sum(w) over the rows that count.
 
     It is the mean that `reduction="mean"` of every loss in jaxent uses.
@@ -119,6 +131,7 @@ def mean(losses: Array, *, where: Array | None = None, weights: Array | None = N
       losses: `[...]`, floating point.
       where: bool `[...]`; False rows are gone, even if they hold NaN. Default: all rows count.
       weights: real `[...]`; a row of weight 0 is gone as well. Default: 1.
+      axis_name: of a mapped axis (shard_map, pmap, vmap) along which the rows are split: the mean is that of all.
 
     Returns:
       A scalar, float32 (float64 for float64 losses). 0.0 where nothing counts: everything masked, a total
@@ -152,4 +165,4 @@ def mean(losses: Array, *, where: Array | None = None, weights: Array | None = N
     )
     losses = widen(jnp.asarray(losses))
     counts, weights = row_weights("mean", losses.shape, where, weights, "losses")
-    return reduce(losses, counts, weights, "mean")
+    return reduce(losses, counts, weights, "mean", batch_axis_name=axis_name)

@@ -5,6 +5,7 @@ from jax import Array
 
 from . import _contracts as contracts
 from ._logits.linear import LinearLogits
+from ._logits.sharded import AxisName
 from ._numerics import product_or_zero
 from ._objective import objective
 from ._statistics import SoftmaxStatistics
@@ -23,6 +24,8 @@ def softmax_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "none",
+    class_axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
 ) -> Array:
     """Cross-entropy of mutually exclusive classes, from logits: the negative log-likelihood of the label.
 
@@ -46,6 +49,9 @@ def softmax_cross_entropy(
       label_smoothing: a in [0, 1]: how much of the label is spread evenly over the classes in force.
       z_loss: >= 0, the factor of the squared log-normalizer, which keeps logits from drifting.
       reduction: "none" (one loss per row), "sum" or "mean".
+      class_axis_name: of a mapped axis (shard_map, pmap, vmap) along which the classes are split: each device has
+        its slice of `logits`, `class_weights` and `class_mask`; labels count over all classes.
+      batch_axis_name: of a mapped axis along which the rows are split: "sum" and "mean" are those of all rows.
 
     Returns:
       Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
@@ -93,6 +99,8 @@ def softmax_cross_entropy(
         class_weights=class_weights,
         class_mask=class_mask,
         reduction=reduction,
+        class_axis_name=class_axis_name,
+        batch_axis_name=batch_axis_name,
     )
 
 
@@ -110,6 +118,8 @@ def softmax_focal_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "none",
+    class_axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
 ) -> Array:
     """Focal loss over mutually exclusive classes: cross-entropy that turns down easy rows.
 
@@ -131,6 +141,8 @@ def softmax_focal_loss(
       label_smoothing: in [0, 1].
       z_loss: >= 0.
       reduction: "none", "sum" or "mean".
+      class_axis_name: of a mapped axis along which the classes are split.
+      batch_axis_name: of a mapped axis along which the rows are split.
 
     Returns:
       Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
@@ -179,6 +191,8 @@ def softmax_focal_loss(
         class_weights=class_weights,
         class_mask=class_mask,
         reduction=reduction,
+        class_axis_name=class_axis_name,
+        batch_axis_name=batch_axis_name,
     )
 
 
@@ -196,6 +210,8 @@ def softmax_poly_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "none",
+    class_axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
 ) -> Array:
     """Poly-1 loss over mutually exclusive classes: cross-entropy plus epsilon (1 - p_y).
 
@@ -217,6 +233,8 @@ def softmax_poly_loss(
       label_smoothing: in [0, 1].
       z_loss: >= 0.
       reduction: "none", "sum" or "mean".
+      class_axis_name: of a mapped axis along which the classes are split.
+      batch_axis_name: of a mapped axis along which the rows are split.
 
     Returns:
       Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
@@ -265,6 +283,8 @@ def softmax_poly_loss(
         class_weights=class_weights,
         class_mask=class_mask,
         reduction=reduction,
+        class_axis_name=class_axis_name,
+        batch_axis_name=batch_axis_name,
     )
 
 

@@ -105,6 +105,7 @@ class Partial(NamedTuple):
     weighted: Moments | None = None
     uniform: Moments | None = None
     classes: Array | None = None  # how many are in force
+    others: Array | None = None  # sum_j e_j without the label's class: of a device's slice of the classes
 
 
 def detached_max(
@@ -337,3 +338,56 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
     ]
     gradient = sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p)
     return gradient if block.class_mask is None else jnp.where(block.class_mask, gradient, 0)
+
+
+def with_others(partial: Partial, label: Array, classes: int) -> Partial:
+    """`partial` with the sum over all classes but the label's, which is in this block or in none of its `classes`."""
+    here = (label >= 0) & (label < classes)
+    e_y = jnp.where(here, exp_difference(partial.label_logit, _finite(partial.max)), 0)
+    others = (1 - e_y) + partial.rest
+    return partial._replace(others=jnp.where(partial.max == -jnp.inf, 0, others))
+
+
+def partial_gradient(block: Block, partial: Partial, g: Partial) -> Array:
+    """d/dz_j of sum over the fields of g * field; m is a shift on which in the end nothing depends."""
+    z, m = block.wide_logits(), _finite(partial.max)[..., None]
+    e = exp_difference(z, m)
+    terms = []
+
+    def add(g: Array | None, slope: Array) -> None:
+        if g is not None:
+            terms.append(g[..., None] * slope)
+
+    add(g.rest, e)
+    if block.label is not None:
+        hit = block.hit()
+        add(g.others, jnp.where(hit, 0, e))
+        add(g.label_logit, jnp.where(hit, 1, 0).astype(z.dtype))
+    if g.spread is not None:
+        add(g.spread, product_or_zero(e, (m - z) - 1))
+    targets = {"distribution": block.distribution, "weighted": None, "uniform": None}
+    if g.weighted is not None:
+        targets["weighted"] = block.weighted_distribution()
+    if g.uniform is not None:
+        targets["uniform"] = block.uniform(z.dtype)
+    for name, t in targets.items():
+        moments = getattr(g, name)
+        if moments is not None:
+            add(moments.deviation, -jnp.broadcast_to(t, z.shape).astype(z.dtype))
+    return sum(terms[1:], start=terms[0])
+
+
+def partial_distribution_gradient(block: Block, partial: Partial, g: Partial) -> Array:
+    """d/dq_j of the same."""
+    deviation = _finite(partial.max)[..., None] - block.wide_logits()
+    w = jnp.ones((), deviation.dtype) if block.class_weights is None else block.class_weights
+    gradient = jnp.zeros_like(deviation)
+    for moments, scale in ((g.distribution, jnp.ones((), deviation.dtype)), (g.weighted, w)):
+        if moments is not None:
+            along = product_or_zero(scale, deviation)
+            gradient += moments.deviation[..., None] * along + moments.mass[..., None] * scale
+    return gradient if block.class_mask is None else jnp.where(block.class_mask, gradient, 0)
+
+
+def _finite(m: Array) -> Array:
+    return jnp.where(m == -jnp.inf, 0, m)

@@ -33,7 +33,27 @@ from . import dense, linear
 ROWS = 256  # at least so many are taken at a time where some do not count
 
 
+class Rule(NamedTuple):
+    """What is made of the partial statistics over all classes, and the gradient for a block of them."""
+
+    complete: Callable[[Partial, Block], Partial]
+    results: Callable[[tuple[str, ...], Partial], Any]  # of names
+    logits_gradient: Callable[
+        [Block, Partial, Any, Any], Array
+    ]  # (block of classes, whole, results, cotangents)
+    distribution_gradient: Callable[[Block, Partial, Any], Array]  # (block of classes, whole, cotangents)
+
+
+STATISTICS = Rule(
+    lambda whole, block: poison(whole, block.label),
+    finish,
+    lambda block, whole, results, g: logits_gradient(block, whole, results.get("entropy"), g),
+    distribution_gradient,
+)
+
+
 class Static(NamedTuple):
+    rule: Rule
     names: tuple[str, ...]  # of statistics
     classes: int  # of a block
     rows: int  # of a block
@@ -42,37 +62,66 @@ class Static(NamedTuple):
 class Inputs(NamedTuple):
     block: Block  # its logits are a LinearLogits of hidden [N, D]
     counts: Array | None  # bool [N]
+    label_logit: Array | None  # z_y [N], if the rank is asked for
     needed: Any  # how many blocks of rows hold rows that count
 
 
 def statistics(names: tuple[str, ...], classes: int, block: Block, counts: Array | None) -> SoftmaxStatistics:
     """The statistics `names` of N rows, `classes` at a time; `block.logits` is a LinearLogits of hidden `[N, D]`."""
+    z_y = label_logit(block) if "rank" in names else None
+    real, integers = all_classes(STATISTICS, names, classes, block, counts, z_y)
+    if "rank" in names:
+        integers["rank"] = jnp.where(block.label >= 0, integers["rank"], block.logits.shape[-1])
+    return SoftmaxStatistics(**real, **integers)
+
+
+def all_classes(
+    rule: Rule,
+    names: tuple[str, ...],
+    classes: int,
+    block: Block,
+    counts: Array | None,
+    label_logit: Array | None,
+) -> tuple[Any, dict[str, Array]]:
+    """(results of `rule`, integer statistics) of N rows."""
     rows = block.logits.hidden.shape[0]
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
     blocks = min(rows // ROWS, 8)
     if counts is None or wide or blocks < 2:
-        return _statistics(Static(names, classes, rows), Inputs(block, counts, jnp.ones((), jnp.int32)))
+        inputs = Inputs(block, counts, label_logit, jnp.ones((), jnp.int32))
+        return _apply(Static(rule, names, classes, rows), inputs)
     size = -(-rows // blocks)
-    order = jnp.append(
-        jnp.argsort(~counts, stable=True), jnp.arange(rows, size * blocks)
-    )  # fills the last block
+    order = jnp.argsort(~counts, stable=True)
+    order = jnp.append(order, jnp.arange(rows, size * blocks))  # fills the last block
 
-    def of_rows(x: Array) -> Array:
-        return x.at[order].get(mode="clip")
+    def of_rows(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.at[order].get(mode="clip"), tree)
 
     logits = dataclasses.replace(block.logits, hidden=of_rows(block.logits.hidden))
-    label = None if block.label is None else of_rows(block.label)
+    block = block._replace(logits=logits, label=of_rows(block.label))
     needed = (jnp.sum(counts, dtype=jnp.int32) + (size - 1)) // size
-    inputs = Inputs(block._replace(logits=logits, label=label), of_rows(counts) & (order < rows), needed)
-    found = _statistics(Static(names, classes, size), inputs)
-    return jax.tree.map(
-        lambda x: jnp.zeros(rows, x.dtype).at[order].set(x, mode="drop", unique_indices=True), found
-    )
+    inputs = Inputs(block, of_rows(counts) & (order < rows), of_rows(label_logit), needed)
+    found = _apply(Static(rule, names, classes, size), inputs)
+
+    def in_place(x: Array) -> Array:
+        return jnp.zeros(rows, x.dtype).at[order].set(x, mode="drop", unique_indices=True)
+
+    return jax.tree.map(in_place, found)
 
 
-def _statistics(static: Static, inputs: Inputs) -> SoftmaxStatistics:
-    real, integers = _rule(static, varying_like(inputs, inputs))
-    return SoftmaxStatistics(**real, **integers)
+def label_logit(block: Block) -> Array:
+    """z_y from the label's column of the kernel, -inf where there is none; without derivative."""
+    layer, label = lax.stop_gradient((block.logits, block.label))
+    column = jnp.clip(label, 0, layer.kernel.shape[-1] - 1)
+    own = jax.vmap(lambda h, w: linear.product(dataclasses.replace(layer, hidden=h, kernel=w)), (0, 1))
+    z = own(layer.hidden, layer.kernel[:, column])
+    bias = None if layer.bias is None else layer.bias[column]
+    z = linear.from_product(dataclasses.replace(layer, bias=bias), z)
+    return jnp.where(label == column, z, -jnp.inf)
+
+
+def _apply(static: Static, inputs: Inputs) -> Any:
+    return _rule(static, varying_like(inputs, inputs))
 
 
 def _primal(static: Static, inputs: Inputs) -> Any:
@@ -82,13 +131,13 @@ def _primal(static: Static, inputs: Inputs) -> Any:
 def _forward(static: Static, inputs: Any) -> Any:
     inputs, moving = values_and_moving(inputs)
     found, whole = _forward_pass(static, _hide(inputs))
-    return found, (inputs, whole, found[0].get("entropy"), moving)
+    return found, (inputs, whole, found[0], moving)
 
 
 def _backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
-    inputs, whole, entropy, moving = residuals
-    gradient = _backward_pass((static, moving), _hide(inputs), whole, entropy, instantiate(g[0]))
-    return (Inputs(gradient, None, None),)
+    inputs, whole, results, moving = residuals
+    gradient = _backward_pass((static, moving), _hide(inputs), whole, results, instantiate(g[0]))
+    return (Inputs(gradient, None, None, None),)
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
@@ -97,7 +146,7 @@ _rule.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _hide(inputs: Inputs) -> Inputs:
     """Zeros in place of what does not count: they will be multiplied by a zero gradient."""
-    block, counts, _ = inputs
+    block, counts = inputs.block, inputs.counts
     if counts is None:
         return inputs
     hidden = keep(counts[:, None], block.logits.hidden)
@@ -108,10 +157,9 @@ def _hide(inputs: Inputs) -> Inputs:
 
 @stopping_early
 def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Partial]:
-    """The statistics, and the partial statistics over all classes that they are made from."""
+    """The results, and the partial statistics over all classes that they are made from."""
     names = static.names
     block = inputs.block
-    label_logit = _label_logit(block) if "rank" in names else None
 
     def partials(row: Any, start: Any, classes: int) -> tuple[Partial, dict[str, Array]]:
         part = _part(block, row, static.rows, start, classes)
@@ -121,7 +169,7 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
         if "prediction" in names:
             integers["prediction"] = (start + jnp.argmax(z, -1)).astype(jnp.int32)
         if "rank" in names:
-            above = ~(z <= _rows(label_logit, row, static.rows)[:, None]) & ~part.hit()
+            above = ~(z <= _rows(inputs.label_logit, row, static.rows)[:, None]) & ~part.hit()
             integers["rank"] = jnp.sum(above, -1, dtype=jnp.int32)
         return partial_statistics(
             names, part, dense.platform_max_and_rest, dense.platform_select_label
@@ -148,21 +196,9 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_integers)
     whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
-    whole = poison(whole, block.label)
-    if "rank" in names:
-        integers["rank"] = jnp.where(block.label >= 0, integers["rank"], block.logits.shape[-1])
+    whole = static.rule.complete(whole, block)
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
-    return (finish(real, whole), integers), whole
-
-
-def _label_logit(block: Block) -> Array:
-    """z_y, before any block of classes: from the label's columns of the kernel."""
-    layer, label = lax.stop_gradient((block.logits, block.label))
-    column = jnp.maximum(label, 0)
-    own = jax.vmap(lambda h, w: linear.product(dataclasses.replace(layer, hidden=h, kernel=w)), (0, 1))
-    z = own(layer.hidden, layer.kernel[:, column])
-    bias = None if layer.bias is None else layer.bias[column]
-    return linear.from_product(dataclasses.replace(layer, bias=bias), z)
+    return (static.rule.results(real, whole), integers), whole
 
 
 @stopping_early
@@ -171,8 +207,8 @@ def _backward_pass(
     static_and_moving: tuple[Static, Moving],
     inputs: Inputs,
     whole: Partial,
-    entropy: Array | None,
-    g: dict[str, Array],
+    results: Any,
+    g: Any,
 ) -> Block:
     """The gradients of what is differentiated, None for the rest."""
     static, moving = static_and_moving
@@ -182,18 +218,20 @@ def _backward_pass(
     def tile(start: Any, classes: int, row: Any) -> Block:
         part = _part(block, row, static.rows, start, classes)
         z, vjp = jax.vjp(functools.partial(linear.from_product, part.logits), linear.product(part.logits))
-        of_rows = _rows((whole, entropy, g, inputs.counts), row, static.rows)
-        part_whole, part_entropy, part_g, counts = of_rows
+        of_rows = _rows((whole, results, g, inputs.counts), row, static.rows)
+        part_whole, part_results, part_g, counts = of_rows
         built = part._replace(logits=z)
 
         def of_counting_rows(x: Array) -> Array:
             # a select, so that NaN in a row that does not count stays there
             return x if counts is None else jnp.where(counts[:, None], x, 0)
 
-        (d_product,) = vjp(of_counting_rows(logits_gradient(built, part_whole, part_entropy, part_g)))
+        (d_product,) = vjp(
+            of_counting_rows(static.rule.logits_gradient(built, part_whole, part_results, part_g))
+        )
         distribution = None
         if moves.distribution:
-            distribution = of_counting_rows(distribution_gradient(built, part_whole, part_g))
+            distribution = of_counting_rows(static.rule.distribution_gradient(built, part_whole, part_g))
         return Block(linear.gradient(moves.logits, part.logits, d_product), distribution=distribution)
 
     def over_rows(start: Any, classes: int, total: Block) -> Block:

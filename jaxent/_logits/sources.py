@@ -9,24 +9,33 @@ import jax
 from jax import Array
 
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
-from . import class_blocks, dense, row_blocks
+from . import class_blocks, dense, row_blocks, sharded
 from .linear import LinearLogits
-from .plan import Plan, plan, rows_of_a_block
+from .plan import Plan, classes_of_a_block, plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
+from .sharded import AxisName
 
 ROWS = 128  # at least so many are taken at a time where some do not count
 
 
-def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
+def statistics(
+    names: tuple[str, ...], block: Block, counts: Array | None, class_axis_name: AxisName = None
+) -> SoftmaxStatistics:
     """The statistics `names` of rows; the gradient of a row that does not count is exactly 0."""
-    if not isinstance(block.logits, LinearLogits):
-        return dense.statistics(names, block, counts)
     if not names:
         return SoftmaxStatistics()
+    if isinstance(block.logits, LinearLogits) and 0 in block.logits.shape[:-1]:
+        block = block._replace(logits=block.logits.dense())
+    if not isinstance(block.logits, LinearLogits):
+        if class_axis_name is not None:
+            return sharded.statistics(names, block, counts, class_axis_name)
+        return dense.statistics(names, block, counts)
     rows = block.logits.shape[:-1]
-    if 0 in rows:
-        return dense.statistics(names, block._replace(logits=block.logits.dense()), counts)
     block, counts = _flat(block), flat_rows(counts, rows)
+    if class_axis_name is not None:
+        classes = _classes_at_a_time(block.logits)
+        found = sharded.statistics(names, block, counts, class_axis_name, classes)
+        return jax.tree.map(lambda x: x.reshape(rows), found)
     size = rows_at_a_time(block.logits, counts is not None)
     if size is None:
         found = class_blocks.statistics(names, _plan(block.logits).classes, block, counts)
@@ -112,6 +121,11 @@ def _plan(logits: LinearLogits) -> Plan:
     itemsize = logits.dtype.itemsize
     platform = jax.default_backend()
     return plan(math.prod(rows), features, logits.shape[-1], logits.block_bytes, itemsize, platform)
+
+
+def _classes_at_a_time(logits: LinearLogits) -> int:
+    rows, features = logits.hidden.shape
+    return classes_of_a_block(rows, features, logits.shape[-1], logits.block_bytes, logits.dtype.itemsize)
 
 
 def flat_rows(tree: Any, rows: tuple[int, ...]) -> Any:

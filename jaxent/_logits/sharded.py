@@ -1,0 +1,237 @@
+"""A class axis that is split over devices: each sums over its own classes; collectives of a few numbers per row add
+up the sums.
+
+Symbols as in `_statistics`. Which device holds the largest logit, the term that is left out of r, would have to be
+agreed on: several may. The label, though, is on one device. So with integer labels its term is left out instead,
+
+    S = sum_{j != y} e_j      c = z_y - m      T = S + exp(c)      log p_y = c - log T
+
+with log T = log1p(S) where c = 0. Nothing is subtracted, so a loss of 1e-30 keeps its digits; and
+d log p_y / dc = S / T, never 1 - p.
+
+Rules of differentiation are those of the sums of one device. The collectives stay outside of them, where jax knows
+what their transposes are in each kind of mapping.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .._derivatives import with_forward_mode
+from .._numerics import exp_difference, product_or_zero
+from .._reduction import keep_gradient
+from .._statistics import (
+    INTEGER_STATISTICS,
+    Block,
+    Moments,
+    Partial,
+    SoftmaxStatistics,
+    partial_distribution_gradient,
+    partial_gradient,
+    partial_statistics,
+    select_label,
+    with_others,
+)
+from . import class_blocks
+from .linear import LinearLogits
+
+AxisName = Any  # of a mapped axis, or a tuple of them
+
+
+def statistics(
+    names: tuple[str, ...],
+    block: Block,
+    counts: Array | None,
+    axis_name: AxisName,
+    classes: int | None = None,
+) -> SoftmaxStatistics:
+    """The statistics `names` of rows over the classes of all devices along `axis_name`.
+
+    `block` has this device's classes, but the label counts over all of them. `classes`: of a block of linear logits.
+    """
+    here = block.logits.shape[-1]
+    first = lax.axis_index(axis_name) * here
+    bad = None if block.label is None else block.label < 0
+    if block.label is not None:
+        block = block._replace(label=jnp.where(bad, -1, block.label - first))
+    integers = tuple(name for name in names if name in INTEGER_STATISTICS)
+    real = tuple(name for name in names if name not in integers)
+    z_y = None
+    if "rank" in names:
+        linear = isinstance(block.logits, LinearLogits)
+        of_label = class_blocks.label_logit if linear else _label_logit
+        z_y = lax.pmax(of_label(block), axis_name)
+    partial, found = _local(names, block, counts, z_y, classes)
+    m = lax.pmax(lax.stop_gradient(partial.max), axis_name)
+    found = {name: _whole_integer(name, x, partial.max == m, first, axis_name) for name, x in found.items()}
+    if "rank" in names:
+        found["rank"] = jnp.where(bad, here * lax.axis_size(axis_name), found["rank"])
+    ok = jnp.isfinite(m) if bad is None else jnp.isfinite(m) & ~bad
+    found |= _finish(real, partial, jnp.where(ok, m, jnp.nan), block, axis_name)
+    return SoftmaxStatistics(**found)
+
+
+def _label_logit(block: Block) -> Array:
+    return select_label(lax.stop_gradient(block.wide_logits()), block)
+
+
+def _whole_integer(name: str, x: Array, holds: Array, first: Array, axis_name: AxisName) -> Array:
+    if name == "rank":
+        return lax.psum(x, axis_name)
+    return lax.pmin(jnp.where(holds, x + first, jnp.iinfo(jnp.int32).max), axis_name)
+
+
+def _finish(
+    names: tuple[str, ...], partial: Partial, m: Array, block: Block, axis_name: AxisName
+) -> dict[str, Array]:
+    """Plain code: one collective after the maximum, of all sums together."""
+    scale = exp_difference(lax.stop_gradient(partial.max), m)
+    moved = product_or_zero  # 0 * inf = 0: a device with no class in force
+    behind = m - lax.stop_gradient(partial.max)
+
+    def moments(x: Moments | None) -> Moments | None:
+        return None if x is None else Moments(x.deviation + moved(x.mass, behind), x.mass)
+
+    sums: dict[str, Any] = {
+        name: moments(getattr(partial, name)) for name in ("distribution", "weighted", "uniform")
+    }
+    sums |= {"classes": partial.classes, "label_weight": partial.label_weight}
+    if partial.others is not None:
+        label_here = (block.label >= 0) & (block.label < block.logits.shape[-1])
+        sums["c"] = jnp.where(label_here, partial.label_logit - m, 0)
+        sums["total"] = moved(scale, partial.others)
+        here = partial.others + jnp.where(label_here, exp_difference(partial.label_logit, partial.max), 0)
+    else:
+        holds = partial.max == m
+        sums["total"] = jnp.where(holds, partial.rest, moved(scale, 1 + partial.rest))
+        sums["holders"] = holds.astype(m.dtype)
+        here = 1 + partial.rest
+    if partial.spread is not None:
+        sums["spread"] = moved(scale, partial.spread + moved(here, behind))
+    sums = lax.psum({name: x for name, x in sums.items() if x is not None}, axis_name)
+
+    label_log_prob = None
+    if partial.others is not None:
+        total = sums["total"] + jnp.exp(sums["c"])
+        log_t = _log_total(sums["total"], sums["c"])
+        label_log_prob = _log_prob(sums["total"], sums["c"])
+    else:
+        r = sums["total"] + (sums["holders"] - 1)
+        total, log_t = 1 + r, jnp.log1p(r)
+    poison = m - m
+
+    def expectation(x: Moments) -> Array:
+        return -(x.deviation + moved(x.mass, log_t))
+
+    found: dict[str, Array] = {}
+    for name in names:
+        match name:
+            case "log_prob" | "weighted_log_prob" if label_log_prob is not None:
+                found[name] = label_log_prob
+                if name == "weighted_log_prob" and "label_weight" in sums:
+                    found[name] *= sums["label_weight"]
+            case "log_prob":
+                found[name] = expectation(sums["distribution"])
+            case "weighted_log_prob":
+                found[name] = expectation(sums["weighted"])
+            case "mean_log_prob":
+                found[name] = expectation(sums["uniform"]) / sums["classes"]
+            case "log_normalizer":
+                found[name] = m + log_t
+            case "entropy":
+                found[name] = log_t + sums["spread"] / total
+    return {name: x + poison for name, x in found.items()}
+
+
+@jax.custom_jvp
+def _log_total(s: Array, c: Array) -> Array:
+    """log(s + exp(c)): where the label's logit is the largest, c = 0, to all digits of s."""
+    top = c == 0
+    return jnp.where(top, jnp.log1p(jnp.where(top, s, 0)), jnp.log(jnp.where(top, 1, s + jnp.exp(c))))
+
+
+@_log_total.defjvp
+def _log_total_jvp(primals: Any, tangents: Any) -> Any:
+    (s, c), (ds, dc) = primals, tangents
+    e_y = jnp.exp(c)
+    return _log_total(s, c), (ds + e_y * dc) / (s + e_y)
+
+
+@jax.custom_jvp
+def _log_prob(s: Array, c: Array) -> Array:
+    """c - log(s + exp(c))."""
+    return c - _log_total(s, c)
+
+
+@_log_prob.defjvp
+def _log_prob_jvp(primals: Any, tangents: Any) -> Any:
+    (s, c), (ds, dc) = primals, tangents
+    return _log_prob(s, c), (s * dc - ds) / (s + jnp.exp(c))
+
+
+# The partial statistics of one device.
+
+
+def _local(
+    names: tuple[str, ...], block: Block, counts: Array | None, z_y: Array | None, classes: int | None
+) -> tuple[Partial, dict[str, Array]]:
+    if isinstance(block.logits, LinearLogits):
+        return class_blocks.all_classes(SUMS, names, classes, block, counts, z_y)
+    integers = {}
+    z = lax.stop_gradient(block.wide_logits())
+    if "prediction" in names:
+        integers["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
+    if "rank" in names:
+        integers["rank"] = jnp.sum(~(z <= z_y[..., None]), -1, dtype=jnp.int32)
+    real = tuple(name for name in names if name not in INTEGER_STATISTICS)
+    return _dense(real, block, counts), integers
+
+
+def _complete(whole: Partial, block: Block) -> Partial:
+    return whole if block.label is None else with_others(whole, block.label, block.logits.shape[-1])
+
+
+SUMS = class_blocks.Rule(
+    _complete,
+    lambda names, whole: whole,
+    lambda block, whole, results, g: partial_gradient(block, whole, g),
+    partial_distribution_gradient,
+)
+
+
+def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> Partial:
+    return _complete(partial_statistics(names, block), block)
+
+
+def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> Any:
+    partial = _primal(names, _hide(block, counts), counts)
+    return partial, (block, partial, counts)
+
+
+def _backward(names: tuple[str, ...], residuals: Any, g: Partial) -> tuple[Block, None]:
+    block, partial, counts = residuals
+    block = _hide(block, counts)
+
+    def of_counting_rows(x: Array, like: Array) -> Array:
+        x = x if counts is None else jnp.where(counts[..., None], x, 0)
+        return x.astype(like.dtype)
+
+    logits = of_counting_rows(partial_gradient(block, partial, g), block.logits)
+    distribution = None
+    if block.distribution is not None:
+        distribution = of_counting_rows(partial_distribution_gradient(block, partial, g), block.distribution)
+    weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
+    return Block(logits, None, distribution, weights, None), None
+
+
+def _hide(block: Block, counts: Array | None) -> Block:
+    q = block.distribution
+    q = None if q is None else keep_gradient(counts, q)
+    return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
+
+
+_rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_rule.defvjp(_forward, _backward)
+_dense = with_forward_mode(_rule)
