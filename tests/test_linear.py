@@ -445,7 +445,10 @@ VALUES = {
     "temperature": 2.0,
     "names": ("rank", "log_prob"),
     "reduction": ("none", "sum", "mean"),
+    "class_axis_name": "one",
+    "batch_axis_name": "one",
 }
+AXES = {"class_axis_name", "batch_axis_name"}
 TAKES_LOGITS = [
     name
     for name, f in vars(jaxent).items()
@@ -459,8 +462,9 @@ def test_the_functions_that_take_logits():
 
 
 @in_blocks
+@pytest.mark.parametrize("mapped", [False, True])  # over an axis of one device; of many: devices/
 @pytest.mark.parametrize("name", [name for name in TAKES_LOGITS if name != "diagnose"])
-def test_every_option(name, source):
+def test_every_option(name, mapped, source):
     f = getattr(jaxent, name)
     parameters = inspect.signature(f).parameters.values()
     values = {p.name: VALUES[p.name] for p in parameters if p.name != "logits"}
@@ -468,6 +472,8 @@ def test_every_option(name, source):
     if "ignore_index" not in values:
         values |= {"labels": np.clip(VALUES["labels"], 0, 10)} if "labels" in values else {}
     reductions = values.pop("reduction", [None])
+    if not mapped:
+        values = {key: value for key, value in values.items() if key not in AXES}
     if source == "rows":  # a mask per row is another program than a mask for all
         values["class_mask"] = np.broadcast_to(values["class_mask"], (7, 11))
 
@@ -482,7 +488,10 @@ def test_every_option(name, source):
             rest = [x for p in parameters if p.kind is p.VAR_POSITIONAL for x in of(p)]
             return f(*positional, *rest, **values)
 
-        return [call(values | ({} if r is None else {"reduction": r})) for r in reductions]
+        each = [values | ({} if r is None else {"reduction": r}) for r in reductions]
+        if mapped:
+            return [jax.vmap(lambda _, v=v: call(dict(v)), axis_name="one")(jnp.zeros(1)) for v in each]
+        return [call(v) for v in each]
 
     with harness.blocks(source):
         for got, want in zip(run(False, layer_of(FLAT)), run(True, layer_of(FLAT)), strict=True):
