@@ -61,7 +61,7 @@ def is_on_host(x: Any) -> bool:
 def check_array(function: str, argument: str, x: Any) -> None:
     """An array or a scalar: not None, a list, a string."""
     if not isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-        remedy = "Pass `jnp.asarray(...)`."
+        remedy = "Pass its `.dense()`." if hasattr(x, "dense") else "Pass `jnp.asarray(...)`."
         fail(TypeError, function, argument, "an array", f"a {type(x).__name__}", remedy)
 
 
@@ -114,7 +114,7 @@ def check_reduction(function: str, reduction: Any) -> None:
 
 def check_logits(function: str, logits: Any, axis: int = -1, argument: str = "logits") -> None:
     """Floating point, with a class axis of at least one class."""
-    if not hasattr(logits, "dense"):
+    if not hasattr(logits, "dense"):  # a LinearLogits
         remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
         check_floating(function, argument, logits, remedy)
     ndim = np.ndim(logits)

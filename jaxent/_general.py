@@ -36,11 +36,12 @@ def softmax_loss(
 
     Args:
       fn: maps `SoftmaxStatistics` with fields `[...]` (and the row arguments) to losses `[...]`. Any jax
-        function; it is traced once more to see which statistics it reads, and only those are computed.
+        function; it is traced beforehand to see which statistics it reads, and only those are computed.
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None: then no field that needs a label.
       *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs. Where a row does
-        not count `fn` sees 0 instead. An array of another leading shape is passed as it is.
+        not count `fn` sees 0 instead. An array of another leading shape is passed as it is; better close over
+        what is no row argument, a table may have as many entries as there are rows.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
       ignore_index: rows with this integer label are gone as well.
@@ -60,7 +61,8 @@ def softmax_loss(
 
     Numerics:
       The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
-      that do not count contribute exactly 0, even if `fn` makes NaN of them.
+      that do not count contribute exactly 0, even if `fn` makes NaN of them (but what `fn` closes over gets a NaN
+      gradient if the derivative of `fn` at 0 is not finite).
 
     Cost:
       That of the statistics that `fn` reads. `LinearLogits`: 3 matmuls with gradients, if the loss is reduced and

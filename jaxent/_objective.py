@@ -17,7 +17,7 @@ from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
 from ._reduction import keep, reduce, row_weights, scale_of_rows
 from ._statistics import Block, SoftmaxStatistics, take_class
-from ._tracing import example, hoist, same_numbers, takes_rows_apart, used_statistics
+from ._tracing import derivative, example, hoist, is_same_function, takes_rows_apart, used_statistics
 
 StatisticsFunction = Callable[..., Array]
 
@@ -76,14 +76,14 @@ def objective(
     if reduction != "none" and isinstance(block.logits, LinearLogits) and class_axis_name is None:
         by_blocks = _by_blocks(call, names, block, counts, weights, own, of_all)
     if by_blocks is not None:
-        size, closed_over, call_of_block = by_blocks
+        size, closed_over, call_of_block, dtype = by_blocks
 
         def of_block(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
-            return call_of_block(shared[0], *_keep_rows(counts, (statistics, own)), shared[1])
+            statistics, own = _keep_rows(counts, (statistics, own))
+            statistics, own = sources.with_rank_of((statistics, own), len(rows))
+            return call_of_block(shared[0], statistics, own, shared[1]).reshape(size)
 
-        scale = scale_of_rows(
-            counts, weights, reduction, label_weight, rows, block.logits.dtype, batch_axis_name
-        )
+        scale = scale_of_rows(counts, weights, reduction, label_weight, rows, dtype, batch_axis_name)
         shared = (closed_over, of_all)
         total = sources.weighted_sum(of_block, size, names, block, counts, scale, own, shared)
         return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
@@ -114,32 +114,37 @@ def _by_blocks(
     weights: Array | None,
     own: Any,
     of_all: Any,
-) -> tuple[int, Any, Callable[..., Array]] | None:
-    """(rows of a block, what `call` closes over, `call` of a block), if blocks of rows are right and best."""
+) -> tuple[int, Any, Callable[..., Array], Any] | None:
+    """(rows of a block, what `call` closes over, `call` of a block, dtype of losses), if blocks are right and best."""
     rows, dtype = block.logits.shape[:-1], block.logits.dtype
     size = sources.rows_at_a_time(block.logits, counts is not None)
     if size is None or not rows or 0 in rows or not names:
         return None
-    everything = jax.make_jaxpr(functools.partial(call, rows))(example(names, rows, dtype), own, of_all)
-    of_rows = len(names) + len(jax.tree.leaves(own))
-    is_of_row = [i < of_rows for i in range(len(everything.jaxpr.invars))]
-    if not takes_rows_apart(everything, rows, is_of_row):
-        return None
-
+    call_of_all, shape = functools.partial(call, rows), (size,) + (1,) * (len(rows) - 1)
+    arguments = (example(names, rows, dtype), own, of_all)
+    everything = jax.make_jaxpr(call_of_all)(*arguments)
+    is_of_row = [tree is not of_all for tree in arguments for _ in jax.tree.leaves(tree)]
     inputs = (block, counts, weights, own, of_all)
-    statistics = jax.tree.map(lambda x: jnp.zeros(size, x.dtype), example(names, rows, dtype))
-    own = jax.tree.map(lambda x: sources.flat_rows(x, rows)[jnp.zeros(size, int)], own)
+    statistics = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), arguments[0])
+    own = jax.tree.map(lambda x: sources.some_rows(x, rows, jnp.zeros(size, int)), own)
     try:
-        arguments = varying_like(inputs, (statistics, own, of_all))
-        of_block = jax.make_jaxpr(functools.partial(call, (size,)))(*arguments)
-    except (IndexError, TypeError, ValueError):  # written for the shape of all rows
+        with_tangents, moves = derivative(call_of_all, arguments)
+        of_block = jax.make_jaxpr(functools.partial(call, shape))(
+            *varying_like(inputs, (statistics, own, of_all))
+        )
+    except (
+        Exception
+    ):  # it has no forward mode, or is written for the shape of all rows: then it gets all rows
         return None
-    if not same_numbers(everything, of_block):  # len(s.log_prob) is a number
+    tangents = [of_row for of_row, m in zip(is_of_row, moves, strict=True) if m]
+    if not takes_rows_apart(with_tangents, rows, is_of_row + tangents):
+        return None
+    if not is_same_function(everything, rows, of_block, shape):
         return None
     call_of_block, closed_over = hoist(of_block)
     if any(varying_axes(x) != varying_axes(inputs) for x in closed_over):
         return None  # a shard_map's jaxpr says of each array over which devices it differs
-    return size, closed_over, call_of_block
+    return size, closed_over, call_of_block, everything.out_avals[0].dtype
 
 
 def _check_losses(function: str, losses: Any, shape: tuple[int, ...]) -> Array:

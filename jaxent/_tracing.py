@@ -1,13 +1,13 @@
 """What a function of row statistics reads, closes over and mixes, found by tracing it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from . import _contracts as contracts
 from ._statistics import INTEGER_STATISTICS, STATISTICS, Block, SoftmaxStatistics
@@ -76,25 +76,46 @@ def hoist(closed: ClosedJaxpr) -> tuple[Callable[..., Array], list[Any]]:
     A rule of differentiation has to know all that it differentiates as its arguments.
     """
     is_traced = [isinstance(x, jax.core.Tracer) for x in closed.consts]
+    jaxpr, traced = closed.jaxpr, [x for x, t in zip(closed.consts, is_traced, strict=True) if t]
+    fixed = [None if t else x for x, t in zip(closed.consts, is_traced, strict=True)]
 
     def function(closed_over: list[Any], *arguments: Any) -> Array:
-        traced = iter(closed_over)
-        consts = [next(traced) if t else x for x, t in zip(closed.consts, is_traced, strict=True)]
-        (out,) = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments))
+        rest = iter(closed_over)
+        consts = [next(rest) if t else x for x, t in zip(fixed, is_traced, strict=True)]
+        (out,) = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(arguments))
         return out
 
-    return function, [x for x, t in zip(closed.consts, is_traced, strict=True) if t]
+    return function, traced
 
 
 # Whether rows are mixed. A function that normalizes over rows, or closes over an array with a value per row, must see
 # all rows at once; one that provably takes each row by itself may see them block by block. What is not known here
 # counts as mixing: then the gradients take a matmul more, and are right.
 
+
+def derivative(call: Callable[..., Array], arguments: Any) -> tuple[ClosedJaxpr, list[bool]]:
+    """(A function and its tangent map, traced: rules of derivatives are opened; which of `arguments` have tangents)."""
+    leaves, treedef = jax.tree.flatten(arguments)
+    moves = [bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in leaves]
+    moving = [x for x, m in zip(leaves, moves, strict=True) if m]
+
+    def both(leaves: list[Any], dots: list[Any]) -> Any:
+        def of_moving(moved: list[Any]) -> Array:
+            rest = iter(moved)
+            full = [next(rest) if m else x for x, m in zip(leaves, moves, strict=True)]
+            return call(*jax.tree.unflatten(treedef, full))
+
+        return jax.jvp(of_moving, ([x for x, m in zip(leaves, moves, strict=True) if m],), (dots,))
+
+    return jax.make_jaxpr(both)(leaves, moving), moves
+
+
+OF_RULES = {"jvp_jaxpr_fun", "symbolic_zeros"}  # of custom_jvp: what they do is judged in `derivative`
 ELEMENTWISE = frozenset(
-    "abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh digamma "
-    "div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max "
-    "min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square "
-    "stop_gradient sub tan tanh xor".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos "
+    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
+    "logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh "
+    "sqrt square stop_gradient sub tan tanh xor".split()
 )
 REDUCTIONS = frozenset(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
@@ -114,29 +135,53 @@ def takes_rows_apart(closed: ClosedJaxpr, rows: tuple[int, ...], is_of_row: Sequ
     return MIXED not in _dependence(closed.jaxpr, inputs, rows)
 
 
-def same_numbers(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
-    """Whether one function, traced for two numbers of rows, uses neither of them as a number."""
-    return list(_numbers(a)) == list(_numbers(b))
+def is_same_function(a: ClosedJaxpr, rows: tuple[int, ...], b: ClosedJaxpr, block: tuple[int, ...]) -> bool:
+    """Whether a function, traced for `rows` and for those of a `block`, is one that does not use their number."""
+    if len(a.consts) != len(b.consts) or not all(map(_is_same_constant, a.consts, b.consts)):
+        return False
+    return _has_same_equations(a.jaxpr, rows, b.jaxpr, block)
 
 
-def _numbers(closed: ClosedJaxpr) -> Iterator[Any]:
-    for x in closed.consts:
-        yield None if isinstance(x, jax.core.Tracer) else np.asarray(x).tolist()
-    yield from _numbers_of_equations(closed.jaxpr)
+def _is_same_constant(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if any(isinstance(x, jax.core.Tracer) or not hasattr(x, "dtype") for x in (a, b)):
+        return False
+    small = a.shape == b.shape and a.dtype == b.dtype and a.size <= 1024
+    return small and not jnp.issubdtype(a.dtype, jax.dtypes.extended) and bool(np.all(np.asarray(a) == b))
 
 
-def _numbers_of_equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        yield [np.asarray(var.val).tolist() for var in equation.invars if isinstance(var, Literal)]
-        yield [value for value in equation.params.values() if isinstance(value, bool | int | float | str)]
-        for inner in jaxprs_in_params(equation.params):
-            yield from _numbers_of_equations(inner)
+def _has_same_equations(a: Any, rows: tuple[int, ...], b: Any, block: tuple[int, ...]) -> bool:
+    k = len(rows)
+
+    def same(x: Any, y: Any) -> bool:
+        """Equal, or shapes that differ in their rows."""
+        if hasattr(x, "eqns") or hasattr(x, "jaxpr"):
+            return _has_same_equations(getattr(x, "jaxpr", x), rows, getattr(y, "jaxpr", y), block)
+        if isinstance(x, tuple) and isinstance(y, tuple):
+            of_rows = x[:k] == rows and y[:k] == block
+            return (of_rows and x[k:] == y[k:]) or (len(x) == len(y) and all(map(same, x, y)))
+        return callable(x) or bool(x == y)
+
+    def same_equation(x: Any, y: Any) -> bool:
+        literals = [[np.asarray(v.val).tolist() for v in e.invars if isinstance(v, Literal)] for e in (x, y)]
+        shapes = [tuple(v.aval.shape for v in (*e.invars, *e.outvars)) for e in (x, y)]
+        return (
+            x.primitive is y.primitive
+            and literals[0] == literals[1]
+            and len(shapes[0]) == len(shapes[1])
+            and all(map(same, *shapes))
+            and x.params.keys() == y.params.keys()
+            and all(same(x.params[key], y.params[key]) for key in x.params.keys() - OF_RULES)
+        )
+
+    return len(a.eqns) == len(b.eqns) and all(map(same_equation, a.eqns, b.eqns))
 
 
 def _constant(aval: Any, rows: tuple[int, ...]) -> str:
     """A value that nothing is known of: with the rows in front it may hold one number per row."""
-    return MIXED if aval.shape[: len(rows)] == rows else SAME
+    per_row = aval.shape[: len(rows)] == rows
+    return MIXED if per_row or jnp.issubdtype(aval.dtype, jnp.complexfloating) else SAME
 
 
 def _dependence(jaxpr: Any, inputs: Sequence[str], rows: tuple[int, ...]) -> list[str]:
@@ -157,9 +202,9 @@ def _of_equation(equation: Any, inputs: list[str], rows: tuple[int, ...]) -> lis
     k = len(rows)
     leading = tuple(range(k))
     inner = params.get("jaxpr", params.get("call_jaxpr"))
-    if inner is not None and name in ("jit", "pjit", "checkpoint", "custom_jvp_call", "custom_vjp_call"):
+    if inner is not None and name in ("jit", "pjit", "checkpoint", "custom_jvp_call"):
         return _dependence(getattr(inner, "jaxpr", inner), inputs, rows)
-    if MIXED in inputs:
+    if MIXED in inputs or name.startswith("custom_vjp"):  # its backward may do anything with a cotangent
         kind = MIXED
     elif OF_ROW not in inputs:
         if name in ELEMENTWISE or (

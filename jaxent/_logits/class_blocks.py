@@ -180,7 +180,7 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
         whole, before = _rows(carry, row, static.rows)
         integers = {}
         if "prediction" in names:
-            first = part.max > whole.max
+            first = ~(part.max <= whole.max) & ~jnp.isnan(whole.max)  # a NaN is the largest, as in argmax
             integers["prediction"] = jnp.where(first, here["prediction"], before["prediction"])
         if "rank" in names:
             integers["rank"] = before["rank"] + here["rank"]

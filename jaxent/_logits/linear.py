@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .. import _contracts as contracts
@@ -15,7 +16,7 @@ BLOCK_BYTES = 128 * 2**20
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LinearLogits:
     """Logits `hidden @ kernel + bias` that are never built: pass them wherever jaxent takes `logits`.
 
@@ -48,7 +49,8 @@ class LinearLogits:
     Numerics:
       Operands of mixed dtypes are promoted as in `jnp.matmul`; products are summed to float32, and everything up
       to the gradient of the logits is float32. For the two matmuls of the backward that is rounded to bfloat16
-      where both operands are.
+      where both operands are. In blocks of classes the label's logit is a product of its own for `rank`: logits
+      that are equal up to rounding may be ranked either way.
 
     Cost:
       2 N D V operations a matmul. `reduction="mean"` or "sum": 3 matmuls with gradients, 1 without. "none", or few
@@ -117,6 +119,9 @@ def check_linear(function: str, logits: LinearLogits, argument: str = "logits") 
         remedy = "It is part of the compiled program; multiply `hidden` by what is learned."
         contracts.check_number(function, f"{argument}.{name}", value, 0, math.inf, remedy)
         contracts.check_option(function, f"{argument}.{name}", value, value > 0, "positive", remedy)
+    remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`."
+    whole = isinstance(logits.block_bytes, int | np.integer)
+    contracts.check_option(function, f"{argument}.block_bytes", logits.block_bytes, whole, "an int", remedy)
 
 
 def product(block: LinearLogits) -> Array:
@@ -131,8 +136,9 @@ def from_product(block: LinearLogits, z: Array) -> Array:
     if block.bias is not None:
         z = z + block.bias.astype(z.dtype)
     if block.softcap is not None:
-        z = block.softcap * jnp.tanh(z / block.softcap)
-    return z if block.temperature == 1 else z / block.temperature
+        cap = float(block.softcap)  # a numpy float64 would widen float32 under x64
+        z = cap * jnp.tanh(z / cap)
+    return z if block.temperature == 1 else z / float(block.temperature)
 
 
 def _operand(block: LinearLogits, dz: Array) -> Array:

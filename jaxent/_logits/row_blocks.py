@@ -77,7 +77,7 @@ _mapped.defvjp(_mapped_forward, _mapped_backward, symbolic_zeros=True)
 
 def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> Array:
     losses, _ = _evaluate(static, inputs)
-    return jnp.vdot(weights, losses)
+    return jnp.sum(weights * losses)
 
 
 def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, Any]:
@@ -85,13 +85,14 @@ def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, A
     weights = weights.value
     (losses, _), gradients = _differentiate((*static, moving), inputs, weights)
     dtypes = _Dtypes.of(inputs)
-    return jnp.vdot(weights, losses), (_cast(gradients, dtypes.stored()), losses, dtypes)
+    residuals = _cast(gradients, dtypes.stored()), losses, dtypes, _Dtypes.of(weights)
+    return jnp.sum(weights * losses), residuals
 
 
 def _summed_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs, Array]:
-    gradients, losses, dtypes = residuals
+    gradients, losses, dtypes, of_weights = residuals
     g = instantiate(g)
-    return _cast(jax.tree.map(lambda x: g * x, gradients), dtypes), g * losses
+    return _cast(jax.tree.map(lambda x: g * x, gradients), dtypes), _cast(g * losses, of_weights)
 
 
 _summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))
@@ -110,7 +111,7 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
     def results(i: Any) -> Any:
         layers, counts, rows, shared = blocks.take(i)
         logits = tuple(from_product(layer, product(layer)) for layer in layers)
-        return jax.tree.map(lambda x: keep(counts, x), fn(logits, counts, rows, shared))
+        return blocks.keep(fn(logits, counts, rows, shared), i)
 
     def body(i: Any, found: Any) -> Any:
         return blocks.put(found, i, results(i))
@@ -139,12 +140,11 @@ def _differentiate(
         rows, shared = _only(is_moving.rows, block.rows), _only(is_moving.shared, block.shared)
         products = tuple(map(product, block.layers))
         real, vjp, integers = jax.vjp(of_moving, products, rows, shared, has_aux=True)
-        cotangent = jax.tree.map(
-            lambda x, real: keep(block.counts, blocks.rows_of(x, i)).astype(real.dtype), g, real
-        )
+        cotangent = blocks.keep(blocks.rows_of(g, i), i)
+        cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, real)
         d_products, d_rows, d_shared = vjp(cotangent)
         d_layers = tuple(map(_layer_gradient, is_moving.layers, block.layers, d_products))
-        results = jax.tree.map(lambda x: keep(block.counts, x), (real, integers))
+        results = blocks.keep((real, integers), i)
         return results, Inputs(d_layers, None, d_rows, d_shared)
 
     def body(i: Any, carry: Any) -> Any:
@@ -178,21 +178,29 @@ class _Blocks:
                 self.number = (jnp.sum(inputs.counts, dtype=jnp.int32) + (size - 1)) // size
         elif rows % size:
             self.order = jnp.arange(rows)
-        if self.order is not None:  # row numbers from N on fill the last block
+        if self.order is not None:
+            # row numbers from N on fill the last block: copies of some row that are kept out of all results
             self.order = jnp.append(self.order, jnp.arange(rows, -(-rows // size) * size)).astype(jnp.int32)
 
     def take(self, i: Any) -> Inputs:
         layers, counts, rows, shared = self.inputs
-        if self.order is not None:
-            here = self._index(i) < layers[0].hidden.shape[0]
-            counts = here if counts is None else here & self.rows_of(counts, i)
+        counts, rows = self.rows_of((counts, rows), i)
 
         def of_layer(layer: LinearLogits) -> LinearLogits:
             # a zero in place of what is hidden: it will be multiplied by a zero gradient
             hidden = keep(None if counts is None else counts[:, None], self.rows_of(layer.hidden, i))
             return dataclasses.replace(layer, hidden=hidden)
 
-        return Inputs(tuple(map(of_layer, layers)), counts, self.rows_of(rows, i), shared)
+        return Inputs(tuple(map(of_layer, layers)), counts, rows, shared)
+
+    def keep(self, results: Any, i: Any) -> Any:
+        """0 in rows that do not count, or only fill the block."""
+        if self.order is None:
+            return results
+        counts = self._index(i) < self.inputs.layers[0].hidden.shape[0]
+        if self.inputs.counts is not None:
+            counts &= self.rows_of(self.inputs.counts, i)
+        return jax.tree.map(lambda x: keep(counts, x), results)
 
     def rows_of(self, tree: Any, i: Any) -> Any:
         if self.order is None:
@@ -260,8 +268,8 @@ class _Dtypes:
     leaves: tuple[Any, ...]
 
     @classmethod
-    def of(cls, inputs: Inputs) -> "_Dtypes":
-        leaves, treedef = jax.tree.flatten(inputs)
+    def of(cls, tree: Any) -> "_Dtypes":
+        leaves, treedef = jax.tree.flatten(tree)
         return cls(treedef, tuple(x.dtype for x in leaves))
 
     def stored(self) -> "_Dtypes":
@@ -273,6 +281,6 @@ def _stored(dtype: Any) -> Any:
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 
-def _cast(gradients: Inputs, dtypes: _Dtypes) -> Inputs:
+def _cast(gradients: Any, dtypes: _Dtypes) -> Any:
     tree = jax.tree.unflatten(dtypes.treedef, dtypes.leaves)
     return jax.tree.map(lambda dtype, d: None if d is None else d.astype(dtype), tree, gradients)

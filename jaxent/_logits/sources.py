@@ -133,6 +133,16 @@ def flat_rows(tree: Any, rows: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda x: x.reshape(math.prod(rows), *x.shape[len(rows) :]), tree)
 
 
+def some_rows(x: Array, rows: tuple[int, ...], index: Array) -> Array:
+    """Some rows of `[*rows, ...]`, with as many axes: `[R, 1, ..., 1, ...]`."""
+    return with_rank_of(flat_rows(x, rows)[index], len(rows))
+
+
+def with_rank_of(tree: Any, axes: int) -> Any:
+    """`[R, ...]` as `[R, 1, ..., 1, ...]`, with so many axes of rows: what counts axes finds them in their places."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], *(1,) * (axes - 1), *x.shape[1:]), tree)
+
+
 def _flat(block: Block) -> Block:
     logits = block.logits
     rows = logits.shape[:-1]
