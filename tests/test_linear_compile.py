@@ -211,7 +211,8 @@ def test_temporaries_are_bounded(rows, name):
 def test_the_plan():
     assert plan(2048, 512, 32_000, 2**27) == Plan(512, 32_000)
     assert plan(32, 64, 1_000_000, 2**27).classes < 1_000_000
-    assert plan(8192, 4096, 131_072, 2**27, 4, "cpu").classes == 131_072
+    assert plan(2048, 64, 65_536, 2**27) == Plan(256, 65_536)
+    assert plan(1024, 256, 128_000, 2**27) == Plan(1024, 8192)
     assert plan(8192, 4096, 131_072, 2**27, 4, "gpu").classes < 131_072
     for rows in (0, 1, 3, 17, 1000):
         for classes in (1, 2, 129, 5003):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 # Matmul operations in the time that one byte takes from memory. A CPU was measured; the other figure is what the data
 # sheets of accelerators say. Both plans are right anywhere, so the platform that jax would choose is good enough.
-OPERATIONS_PER_BYTE = {"cpu": 10}
+OPERATIONS_PER_BYTE = {"cpu": 20}
 OPERATIONS_PER_BYTE_OF_ACCELERATORS = 200
 # A block of classes this wide reads `hidden` seldom enough; a wider one only takes memory.
 CLASSES, CELLS = 8192, 2**20
