@@ -1,15 +1,19 @@
-"""Runs tests/devices on eight CPU devices: in one process of its own, as jax counts its devices once."""
+"""Runs tests/devices on eight CPU devices: each file in a process of its own, as jax counts its devices once."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent / "devices"
+FILES = sorted(FOLDER.glob("test_*.py"))
 
 
-def test_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_eight_devices(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     # programs that run once: most of the time goes into compiling them
     environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"

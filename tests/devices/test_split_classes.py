@@ -125,10 +125,18 @@ def mesh(rows, classes):
 LAYER = (P(), P(None, "classes"), P("classes"))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+UNCHECKED = (
+    "everything",
+    "distribution, everything",
+    "policy",
+)  # without check_vma: the same with other transposes
+
+
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", CASES)
-def test_shard_map(name, source, check_vma):
+@pytest.mark.parametrize(
+    ("name", "check_vma"), [*((n, True) for n in CASES), *((n, False) for n in UNCHECKED)]
+)
+def test_shard_map(name, check_vma, source):
     """Classes over four devices; the gradient from outside."""
     f, names, soft = CASES[name]
     layer, label, q, options = arrays()
