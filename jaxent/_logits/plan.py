@@ -7,7 +7,7 @@ from typing import NamedTuple
 OPERATIONS_PER_BYTE = {"cpu": 20}
 OPERATIONS_PER_BYTE_OF_ACCELERATORS = 200
 # A block of classes this wide reads `hidden` seldom enough; a wider one only takes memory.
-CLASSES, CELLS = 8192, 2**20
+CLASSES = 8192
 
 
 class Plan(NamedTuple):
@@ -50,7 +50,7 @@ def rows_of_a_block(rows: int, classes: int, block_bytes: int, itemsize: int = 4
 def classes_of_a_block(rows: int, features: int, classes: int, block_bytes: int, itemsize: int = 4) -> int:
     """How many classes fit with all rows: logits, their gradient, and what the kernel and its gradient have there."""
     most = max(block_bytes // (2 * itemsize * (rows + features)), 1)
-    most = min(most, max(CLASSES, CELLS // max(rows, 1)))
+    most = min(most, CLASSES)
     if most >= classes:
         return classes
     return most // 128 * 128 or most
