@@ -222,3 +222,17 @@ def test_the_plan():
                     1 <= found.rows <= max(rows, 1) or found.rows == rows
                 )
                 assert found.rows == rows or found.classes == classes
+
+
+@all_plans
+def test_precision_is_that_of_every_matmul(kind, force):
+    force(kind)
+
+    def f(hidden, kernel):
+        logits = jaxent.LinearLogits(hidden, kernel, precision="highest")
+        return jaxent.softmax_cross_entropy(logits, jnp.zeros(N, jnp.int32), reduction="mean")
+
+    text = jax.jit(jax.value_and_grad(f, (0, 1))).lower(HIDDEN, KERNEL).as_text()
+    matmuls = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(matmuls) >= 3
+    assert all("HIGHEST" in line for line in matmuls)
