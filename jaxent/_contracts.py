@@ -195,8 +195,7 @@ def fail_on_host(function: str, labels: np.ndarray, bad: Any, mask: Any, expecte
 
 def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) -> None:
     """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing."""
-    bad = jnp.argmin(ok.reshape(-1)) if ok.size else jnp.zeros((), jnp.int32)
-    value = labels.reshape(-1)[bad] if labels.size else jnp.zeros((), jnp.int32)
+    bad, value = _first_bad(ok, labels)
     checkify.debug_check(
         jnp.all(ok),
         f"jaxent.{function}: `labels` must be in [0, {classes}) and name a class in force, but row {{row}} "
@@ -204,6 +203,15 @@ def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) ->
         row=bad,
         label=value,
     )
+
+
+def _first_bad(ok: Array, labels: Array) -> tuple[Array, Array]:
+    """Where, counted over the flattened array, and what it is. Nothing is flattened: `ok` may be split over devices."""
+    position = jnp.zeros(ok.shape, jnp.int32)
+    for axis in range(ok.ndim):
+        position = position * ok.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, ok.shape, axis)
+    bad = jnp.min(jnp.where(ok, ok.size, position), initial=ok.size)
+    return bad, jnp.sum(jnp.where(position == bad, labels, 0), dtype=labels.dtype)
 
 
 def host_mask(where: Any, weights: Any) -> Any:
@@ -242,8 +250,7 @@ def check_host_binary_labels(function: str, labels: Any, mask: Any) -> Array:
 
 def debug_check_binary_labels(function: str, ok: Array, labels: Array) -> None:
     """As `debug_check_labels`."""
-    bad = jnp.argmin(ok.reshape(-1)) if ok.size else jnp.zeros((), jnp.int32)
-    value = labels.reshape(-1)[bad] if labels.size else jnp.zeros((), labels.dtype)
+    bad, value = _first_bad(ok, labels)
     checkify.debug_check(
         jnp.all(ok),
         f"jaxent.{function}: `labels` must be in [0, 1], but element {{element}} (counted over the flattened "
