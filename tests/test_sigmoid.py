@@ -369,7 +369,7 @@ def test_transformations(loss):
     def by_scan(z):
         return jax.lax.scan(lambda c, zy: (c + rows(*zy).sum(), rows(*zy)), 0.0, (z, y))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def everything(z, y):
         primal, forward = jax.jvp(f, (z, y), (dot, 2 * dot))
         d = jax.grad(f, (0, 1))(z, y)
