@@ -129,9 +129,8 @@ def _by_blocks(
     own = jax.tree.map(lambda x: sources.some_rows(x, rows, jnp.zeros(size, int)), own)
     try:
         with_tangents, moves = derivative(call_of_all, arguments)
-        of_block = jax.make_jaxpr(functools.partial(call, shape))(
-            *varying_like(inputs, (statistics, own, of_all))
-        )
+        arguments = varying_like(inputs, (statistics, own, of_all))
+        of_block = jax.make_jaxpr(functools.partial(call, shape))(*arguments)
     except (
         Exception
     ):  # it has no forward mode, or is written for the shape of all rows: then it gets all rows
@@ -141,7 +140,7 @@ def _by_blocks(
         return None
     if not is_same_function(everything, rows, of_block, shape):
         return None
-    call_of_block, closed_over = hoist(of_block)
+    call_of_block, closed_over = hoist(of_block, arguments)
     if any(varying_axes(x) != varying_axes(inputs) for x in closed_over):
         return None  # a shard_map's jaxpr says of each array over which devices it differs
     return size, closed_over, call_of_block, everything.out_avals[0].dtype

@@ -70,22 +70,28 @@ def example(names: tuple[str, ...], rows: tuple[int, ...], dtype: Any) -> Softma
     return SoftmaxStatistics(**shapes)
 
 
-def hoist(closed: ClosedJaxpr) -> tuple[Callable[..., Array], list[Any]]:
-    """(`function(closed_over, *arguments)`, the traced arrays that a traced function closes over).
+def hoist(closed: ClosedJaxpr, arguments: Any) -> tuple[Callable[..., Array], list[Any]]:
+    """(`function(closed_over, *arguments)`, the traced arrays that a function, traced for `arguments`, closes over).
 
     A rule of differentiation has to know all that it differentiates as its arguments.
     """
     is_traced = [isinstance(x, jax.core.Tracer) for x in closed.consts]
-    jaxpr, traced = closed.jaxpr, [x for x, t in zip(closed.consts, is_traced, strict=True) if t]
-    fixed = [None if t else x for x, t in zip(closed.consts, is_traced, strict=True)]
+
+    def run(closed_over: list[Any], arguments: Any) -> Any:
+        traced = iter(closed_over)
+        consts = [next(traced) if t else x for x, t in zip(closed.consts, is_traced, strict=True)]
+        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments))
+
+    closed_over = [x for x, t in zip(closed.consts, is_traced, strict=True) if t]
+    open_jaxpr = jax.make_jaxpr(run)(
+        closed_over, arguments
+    )  # holds no tracer, which would leak with the rule
 
     def function(closed_over: list[Any], *arguments: Any) -> Array:
-        rest = iter(closed_over)
-        consts = [next(rest) if t else x for x, t in zip(fixed, is_traced, strict=True)]
-        (out,) = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(arguments))
+        (out,) = jaxpr_as_fun(open_jaxpr)(*jax.tree.leaves((closed_over, arguments)))
         return out
 
-    return function, traced
+    return function, closed_over
 
 
 # Whether rows are mixed. A function that normalizes over rows, or closes over an array with a value per row, must see
@@ -112,10 +118,11 @@ def derivative(call: Callable[..., Array], arguments: Any) -> tuple[ClosedJaxpr,
 
 OF_RULES = {"jvp_jaxpr_fun", "symbolic_zeros"}  # of custom_jvp: what they do is judged in `derivative`
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos "
-    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
-    "logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh "
-    "sqrt square stop_gradient sub tan tanh xor".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz convert_element_type copy "
+    "cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le le_to "
+    "lgamma log log1p log2 logistic lt lt_to max min mul ne neg nextafter not one_minus_square or "
+    "population_count pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
 )
 REDUCTIONS = frozenset(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
