@@ -131,9 +131,8 @@ def _by_blocks(
         with_tangents, moves = derivative(call_of_all, arguments)
         arguments = varying_like(inputs, (statistics, own, of_all))
         of_block = jax.make_jaxpr(functools.partial(call, shape))(*arguments)
-    except (
-        Exception
-    ):  # it has no forward mode, or is written for the shape of all rows: then it gets all rows
+    except Exception:
+        # it has no forward mode, or is written for the shape of all rows: then it gets all rows
         return None
     tangents = [of_row for of_row, m in zip(is_of_row, moves, strict=True) if m]
     if not takes_rows_apart(with_tangents, rows, is_of_row + tangents):

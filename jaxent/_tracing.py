@@ -83,9 +83,8 @@ def hoist(closed: ClosedJaxpr, arguments: Any) -> tuple[Callable[..., Array], li
         return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments))
 
     closed_over = [x for x, t in zip(closed.consts, is_traced, strict=True) if t]
-    open_jaxpr = jax.make_jaxpr(run)(
-        closed_over, arguments
-    )  # holds no tracer, which would leak with the rule
+    # it holds no tracer, which would leak with the rule
+    open_jaxpr = jax.make_jaxpr(run)(closed_over, arguments)
 
     def function(closed_over: list[Any], *arguments: Any) -> Array:
         (out,) = jaxpr_as_fun(open_jaxpr)(*jax.tree.leaves((closed_over, arguments)))
@@ -160,6 +159,7 @@ def _is_same_constant(a: Any, b: Any) -> bool:
 
 def _has_same_equations(a: Any, rows: tuple[int, ...], b: Any, block: tuple[int, ...]) -> bool:
     k = len(rows)
+    partner = dict(zip((*a.constvars, *a.invars), (*b.constvars, *b.invars), strict=True))
 
     def same(x: Any, y: Any) -> bool:
         """Equal, or shapes that differ in their rows."""
@@ -170,19 +170,27 @@ def _has_same_equations(a: Any, rows: tuple[int, ...], b: Any, block: tuple[int,
             return (of_rows and x[k:] == y[k:]) or (len(x) == len(y) and all(map(same, x, y)))
         return callable(x) or bool(x == y)
 
+    def same_operand(x: Any, y: Any) -> bool:
+        if isinstance(x, Literal) or isinstance(y, Literal):
+            both = isinstance(x, Literal) and isinstance(y, Literal)
+            return both and np.asarray(x.val).tolist() == np.asarray(y.val).tolist()
+        return partner[x] is y and same(x.aval.shape, y.aval.shape)
+
+    def same_operands(x: Sequence[Any], y: Sequence[Any]) -> bool:
+        return len(x) == len(y) and all(map(same_operand, x, y))
+
     def same_equation(x: Any, y: Any) -> bool:
-        literals = [[np.asarray(v.val).tolist() for v in e.invars if isinstance(v, Literal)] for e in (x, y)]
-        shapes = [tuple(v.aval.shape for v in (*e.invars, *e.outvars)) for e in (x, y)]
+        partner.update(zip(x.outvars, y.outvars, strict=False))
         return (
             x.primitive is y.primitive
-            and literals[0] == literals[1]
-            and len(shapes[0]) == len(shapes[1])
-            and all(map(same, *shapes))
+            and same_operands(x.invars, y.invars)
+            and same_operands(x.outvars, y.outvars)
             and x.params.keys() == y.params.keys()
             and all(same(x.params[key], y.params[key]) for key in x.params.keys() - OF_RULES)
         )
 
-    return len(a.eqns) == len(b.eqns) and all(map(same_equation, a.eqns, b.eqns))
+    same_steps = len(a.eqns) == len(b.eqns) and all(map(same_equation, a.eqns, b.eqns))
+    return same_steps and same_operands(a.outvars, b.outvars)
 
 
 def _constant(aval: Any, rows: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 import jaxent
 from jaxent import _contracts as contracts
+from programs import avals
 
 N, V = 2048, 32_000
 LOSSES = {
@@ -45,21 +46,6 @@ def test_temporary_memory(name):
     assert forward.output_size_in_bytes < 100
     assert backward.output_size_in_bytes < 4 * N * V + 100
     assert donated.alias_size_in_bytes == 4 * N * V
-
-
-def jaxprs(params):
-    for x in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-        x = getattr(x, "jaxpr", x)
-        if hasattr(x, "eqns"):
-            yield x
-
-
-def avals(jaxpr):
-    """Everything that a jaxpr computes, inner ones too."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval for v in equation.outvars)
-        for inner in jaxprs(equation.params):
-            yield from avals(inner)
 
 
 @pytest.mark.parametrize("name", LOSSES)

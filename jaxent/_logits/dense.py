@@ -50,32 +50,36 @@ def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
-    whole = _whole(names, _hide(block, counts))
+    whole = _whole(names, hide(block, counts))
     found = finish(names, whole)
     return found, (block, whole, found.get("entropy"), counts)
 
 
 def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tuple[Any, None]:
     block, whole, entropy, counts = residuals
-    block = _hide(block, counts)
+    block = hide(block, counts)
+    distribution = None if block.distribution is None else distribution_gradient(block, whole, g)
+    return of_counting_rows(block, counts, logits_gradient(block, whole, entropy, g), distribution), None
 
-    def of_counting_rows(x: Array, like: Array) -> Array:
+
+def hide(block: Block, counts: Array | None) -> Block:
+    """`block`, whose rows that do not count have a derivative of 0."""
+    q = block.distribution
+    q = None if q is None else keep_gradient(counts, q)
+    return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
+
+
+def of_counting_rows(block: Block, counts: Array | None, logits: Array, distribution: Array | None) -> Block:
+    """Gradients of a block as a rule returns them: in the dtypes of the block, 0 in rows that do not count."""
+
+    def of(x: Array, like: Array) -> Array:
         # a select, so that NaN in a row that does not count stays there
         x = x if counts is None else jnp.where(counts[..., None], x, 0)
         return x.astype(like.dtype)
 
-    logits = of_counting_rows(logits_gradient(block, whole, entropy, g), block.logits)
-    distribution = None
-    if block.distribution is not None:
-        distribution = of_counting_rows(distribution_gradient(block, whole, g), block.distribution)
+    q = None if distribution is None else of(distribution, block.distribution)
     weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
-    return Block(logits, None, distribution, weights, None), None
-
-
-def _hide(block: Block, counts: Array | None) -> Block:
-    q = block.distribution
-    q = None if q is None else keep_gradient(counts, q)
-    return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
+    return Block(of(logits, block.logits), None, q, weights, None)
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))

@@ -54,7 +54,7 @@ class LinearLogits:
 
     Cost:
       2 N D V operations a matmul. `reduction="mean"` or "sum": 3 matmuls with gradients, 1 without. "none", or few
-      rows and very many classes: 4. Rows that do not count are left out.
+      rows and very many classes: 4. Blocks in which no row counts are left out.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent

@@ -21,7 +21,6 @@ from jax import Array, lax
 
 from .._derivatives import with_forward_mode
 from .._numerics import exp_difference, product_or_zero
-from .._reduction import keep_gradient
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
@@ -34,7 +33,7 @@ from .._statistics import (
     select_label,
     with_others,
 )
-from . import class_blocks
+from . import class_blocks, dense
 from .linear import LinearLogits
 
 AxisName = Any  # of a mapped axis, or a tuple of them
@@ -206,30 +205,15 @@ def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> Parti
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> Any:
-    partial = _primal(names, _hide(block, counts), counts)
+    partial = _primal(names, dense.hide(block, counts), counts)
     return partial, (block, partial, counts)
 
 
 def _backward(names: tuple[str, ...], residuals: Any, g: Partial) -> tuple[Block, None]:
     block, partial, counts = residuals
-    block = _hide(block, counts)
-
-    def of_counting_rows(x: Array, like: Array) -> Array:
-        x = x if counts is None else jnp.where(counts[..., None], x, 0)
-        return x.astype(like.dtype)
-
-    logits = of_counting_rows(partial_gradient(block, partial, g), block.logits)
-    distribution = None
-    if block.distribution is not None:
-        distribution = of_counting_rows(partial_distribution_gradient(block, partial, g), block.distribution)
-    weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
-    return Block(logits, None, distribution, weights, None), None
-
-
-def _hide(block: Block, counts: Array | None) -> Block:
-    q = block.distribution
-    q = None if q is None else keep_gradient(counts, q)
-    return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
+    block = dense.hide(block, counts)
+    distribution = None if block.distribution is None else partial_distribution_gradient(block, partial, g)
+    return dense.of_counting_rows(block, counts, partial_gradient(block, partial, g), distribution), None
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
