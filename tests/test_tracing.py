@@ -32,7 +32,9 @@ MIXING = {
     "number of rows": lambda s, x, p: p * s.log_prob / s.log_prob.shape[0],
     "number of rows in a shape": lambda s, x, p: p * s.log_prob * jnp.ones(2 * s.log_prob.shape[0]).sum(),
     "number of rows in an iota": lambda s, x, p: p * s.log_prob * jnp.arange(2.0 * s.log_prob.shape[0]).sum(),
-    "a choice by number": lambda s, x, p: p * (s.log_prob if s.log_prob.size > 5 else s.entropy),
+    "a choice by number": lambda s, x, p: (
+        p * (s.log_prob - 2 * s.entropy if s.log_prob.size > 5 else s.entropy - 2 * s.log_prob)
+    ),
     "position": lambda s, x, p: p * s.log_prob * jnp.arange(s.log_prob.size).reshape(s.log_prob.shape),
     "clipped cotangent": lambda s, x, p: clipped(p * s.log_prob),
     "clipped parameter": lambda s, x, p: clipped(p) * s.log_prob,
