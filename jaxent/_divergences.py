@@ -368,7 +368,7 @@ def _log_ratio(
 
 def _softmax(z: Array) -> tuple[Array, Array]:
     """p and log p; NaN rows where there is no finite maximum."""
-    m, r = max_and_rest(z)
+    m, r = max_and_rest(z, None)
     m, r = jnp.where(jnp.isfinite(m), m, jnp.nan)[..., None], r[..., None]
     log_p = jnp.maximum(z - m, lowest(z.dtype) / 4) - jnp.log1p(r)  # finite where z is
     return exp_difference(z, m) / (1 + r), log_p

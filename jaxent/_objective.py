@@ -12,6 +12,7 @@ from jax import Array, lax
 from . import _contracts as contracts
 from ._derivatives import varying_axes, varying_like
 from ._logits import sources
+from ._logits.layout import Rows
 from ._logits.linear import LinearLogits, check_linear
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
@@ -76,16 +77,15 @@ def objective(
     if reduction != "none" and isinstance(block.logits, LinearLogits) and class_axis_name is None:
         by_blocks = _by_blocks(call, names, block, counts, weights, own, of_all)
     if by_blocks is not None:
-        size, closed_over, call_of_block, dtype = by_blocks
+        layout, size, closed_over, call_of_block, dtype = by_blocks
 
         def of_block(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
-            statistics, own = _keep_rows(counts, (statistics, own))
-            statistics, own = sources.with_rank_of((statistics, own), len(rows))
-            return call_of_block(shared[0], statistics, own, shared[1]).reshape(size)
+            statistics, own = layout.as_block(_keep_rows(counts, (statistics, own)))
+            return layout.from_block(call_of_block(shared[0], statistics, own, shared[1]), size)
 
         scale = scale_of_rows(counts, weights, reduction, label_weight, rows, dtype, batch_axis_name)
         shared = (closed_over, of_all)
-        total = sources.weighted_sum(of_block, size, names, block, counts, scale, own, shared)
+        total = sources.weighted_sum(of_block, layout, size, names, block, counts, scale, own, shared)
         return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
 
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
@@ -114,19 +114,21 @@ def _by_blocks(
     weights: Array | None,
     own: Any,
     of_all: Any,
-) -> tuple[int, Any, Callable[..., Array], Any] | None:
-    """(rows of a block, what `call` closes over, `call` of a block, dtype of losses), if blocks are right and best."""
+) -> tuple[Rows, int, Any, Callable[..., Array], Any] | None:
+    """(how rows are cut, what `call` closes over, `call` of a block, dtype of losses), if blocks are right and best."""
     rows, dtype = block.logits.shape[:-1], block.logits.dtype
-    size = sources.rows_at_a_time(block.logits, counts is not None)
-    if size is None or not rows or 0 in rows or not names:
+    if not rows or 0 in rows or not names:
         return None
-    call_of_all, shape = functools.partial(call, rows), (size,) + (1,) * (len(rows) - 1)
+    layout, _, size, _ = sources.cut(block.logits, counts is not None)
+    if size is None:
+        return None
+    call_of_all, shape = functools.partial(call, rows), layout.block_shape(size)
     arguments = (example(names, rows, dtype), own, of_all)
     everything = jax.make_jaxpr(call_of_all)(*arguments)
     is_of_row = [tree is not of_all for tree in arguments for _ in jax.tree.leaves(tree)]
     inputs = (block, counts, weights, own, of_all)
     statistics = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), arguments[0])
-    own = jax.tree.map(lambda x: sources.some_rows(x, rows, jnp.zeros(size, int)), own)
+    own = layout.as_block(jax.tree.map(lambda x: x[jnp.zeros(size, int)], layout.apart(own)))
     try:
         with_tangents, moves = derivative(call_of_all, arguments)
         arguments = varying_like(inputs, (statistics, own, of_all))
@@ -142,7 +144,7 @@ def _by_blocks(
     call_of_block, closed_over = hoist(of_block, arguments)
     if any(varying_axes(x) != varying_axes(inputs) for x in closed_over):
         return None  # a shard_map's jaxpr says of each array over which devices it differs
-    return size, closed_over, call_of_block, everything.out_avals[0].dtype
+    return layout, size, closed_over, call_of_block, everything.out_avals[0].dtype
 
 
 def _check_losses(function: str, losses: Any, shape: tuple[int, ...]) -> Array:

@@ -108,10 +108,12 @@ class Partial(NamedTuple):
     others: Array | None = None  # sum_j e_j without the label's class: of a device's slice of the classes
 
 
-def detached_max(
-    max_and_rest: Callable[[Array], tuple[Array, Array]],
-) -> Callable[[Array], tuple[Array, Array]]:
-    """`max_and_rest(z) -> (m, r)` with dm = 0, dr = sum_j e_j dz_j.
+Own = tuple[Array, Array] | None  # the label's lane [..., V] and z_y, where r may do with its digits
+MaxAndRest = Callable[[Array, Own], tuple[Array, Array]]
+
+
+def detached_max(max_and_rest: MaxAndRest) -> MaxAndRest:
+    """`max_and_rest(z, own) -> (m, r)` with dm = 0, dr = sum_j e_j dz_j.
 
     m is only a shift: with T = sum_j exp(z_j - m) for any constant m, every statistic is the same. Derivatives
     are exact that way, also where classes tie for the maximum. (Second derivatives come here; first ones have
@@ -120,40 +122,55 @@ def detached_max(
     function = jax.custom_jvp(max_and_rest)
 
     @function.defjvp
-    def jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
-        (z,), (dz,) = primals, tangents
-        m, r = function(z)
+    def jvp(primals: Any, tangents: Any) -> Any:
+        (z, own), (dz, _) = primals, tangents
+        m, r = function(z, own)
         return (m, r), (jnp.zeros_like(m), jnp.sum(exp_difference(z, m[..., None]) * dz, -1))
 
     return function
 
 
 @detached_max
-def max_and_rest(z: Array) -> tuple[Array, Array]:
-    """m and r over the last axis."""
+def max_and_rest(z: Array, own: Own) -> tuple[Array, Array]:
+    """m and r over the last axis.
+
+    With the label's term left out of the sum, r = S + (e_y - 1), S = sum_{j != y} e_j. That is S where its logit
+    is the largest; elsewhere S >= 1, and r has only the digits that log p_y needs. How many logits are the largest,
+    which takes another sum over all devices, is then not asked.
+    """
     m = jnp.max(z, -1)
-    top = z == m[..., None]
-    e = jnp.where(top, 0, exp_difference(z, jnp.where(m == -jnp.inf, 0, m)[..., None]))
-    r = jnp.sum(e, -1) + (jnp.sum(top, -1, dtype=z.dtype) - 1)
+    finite_m = _finite(m)[..., None]
+    if own is None:
+        apart = z == m[..., None]
+        e_apart = jnp.sum(apart, -1, dtype=z.dtype)
+    else:
+        apart, z_y = own
+        e_apart = exp_difference(z_y, finite_m[..., 0])
+    r = jnp.sum(jnp.where(apart, 0, exp_difference(z, finite_m)), -1) + (e_apart - 1)
     return m, jnp.where(m == -jnp.inf, -1, r)
 
 
-def select_label(z: Array, block: Block) -> Array:
+def select_label(z: Array, hit: Array) -> Array:
     """z_y over the last axis, -inf where the label hits no lane."""
-    return jnp.max(jnp.where(block.hit(), z, -jnp.inf), -1)
+    return jnp.max(jnp.where(hit, z, -jnp.inf), -1)
 
 
 def partial_statistics(
     names: tuple[str, ...],
     block: Block,
-    max_and_rest: Callable[[Array], tuple[Array, Array]] = max_and_rest,
-    select_label: Callable[[Array, Block], Array] = select_label,
+    max_and_rest: MaxAndRest = max_and_rest,
+    select_label: Callable[[Array, Block], Array] = lambda z, block: select_label(z, block.hit()),
 ) -> Partial:
     """The partial statistics that the statistics `names` need; other ways to find m, r and z_y may be given."""
     z = block.wide_logits()
-    m, r = max_and_rest(z)
-    finite_m = jnp.where(m == -jnp.inf, 0, m)[..., None]
-    spread = label_logit = label_weight = distribution = weighted = uniform = classes = None
+    own = label_logit = None
+    if block.label is not None and any(name in names for name in ("log_prob", "weighted_log_prob")):
+        label_logit = select_label(z, block)
+        if "entropy" not in names:  # which, of a row that is sure of another class, is as small as r
+            own = block.hit(), label_logit
+    m, r = max_and_rest(z, own)
+    finite_m = _finite(m)[..., None]
+    spread = label_weight = distribution = weighted = uniform = classes = None
 
     def moments(t: Array) -> Moments:
         t = t.astype(z.dtype)
@@ -165,10 +182,8 @@ def partial_statistics(
     if "entropy" in names:
         e = exp_difference(z, finite_m)
         spread = jnp.sum(product_or_zero(e, finite_m - z), -1)
-    if block.label is not None and any(name in names for name in ("log_prob", "weighted_log_prob")):
-        label_logit = select_label(z, block)
-        if "weighted_log_prob" in names and block.class_weights is not None:
-            label_weight = take_class(block.class_weights, block.label)
+    if label_logit is not None and "weighted_log_prob" in names and block.class_weights is not None:
+        label_weight = take_class(block.class_weights, block.label)
     if block.distribution is not None and "log_prob" in names:
         distribution = moments(block.distribution)
     if block.distribution is not None and "weighted_log_prob" in names:

@@ -235,7 +235,7 @@ def test_the_plan_that_is_made(rows, features, classes, by_rows):
     rng = np.random.default_rng(rows)
     hidden, kernel = (jnp.asarray(rng.normal(size=s), F32) for s in ((rows, features), (features, classes)))
     layer = jaxent.LinearLogits(hidden / 8, kernel, block_bytes=2**15)
-    size = sources.rows_at_a_time(layer, False)
+    size = sources.cut(layer, False).size
     assert size is not None and size < rows if by_rows else size is None
     labels = jnp.asarray(rng.integers(classes, size=rows))
     f = compiled(jax.value_and_grad(functools.partial(jaxent.softmax_cross_entropy, reduction="mean")))

@@ -143,7 +143,7 @@ def test_blocks_in_which_no_row_counts_are_not_run(share, differentiated, force)
     f = jax.value_and_grad(f, (0, 1)) if differentiated else f
     jax.block_until_ready(jax.jit(f)(jnp.ones((N, D)), jnp.ones((D, V)), where))
     jax.effects_barrier()
-    size = sources.rows_at_a_time(jaxent.LinearLogits(HIDDEN, KERNEL), True)
+    size = sources.cut(jaxent.LinearLogits(HIDDEN, KERNEL), True).size
     assert len(calls) == -(-int(where.sum()) // size)
 
 

@@ -1,11 +1,13 @@
 """Linear logits in blocks of classes: for few rows and very many classes.
 
 A pass reads the kernel once and writes its gradient once, where blocks of rows do so as often as there are blocks.
-But a row's cotangent is known after the last block only, so the logits are computed again: 4 matmuls.
+But a row's cotangent is known after the last block only, so the logits are computed again: 4 matmuls. Rows may be in
+groups (`layout.Rows`): then `[N]` is `[n, *groups]` everywhere.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +31,8 @@ from .._statistics import (
     poison,
 )
 from . import dense, linear
+from .layout import Classes
+from .row_blocks import blocks_that_count, order_of_rows, put_rows, take_rows
 
 ROWS = 256  # at least so many are taken at a time where some do not count
 
@@ -55,8 +59,9 @@ STATISTICS = Rule(
 class Static(NamedTuple):
     rule: Rule
     names: tuple[str, ...]  # of statistics
-    classes: int  # of a block
-    rows: int  # of a block
+    layout: Classes
+    classes: int  # that a block has of each group
+    rows: int  # that a block has of each group
 
 
 class Inputs(NamedTuple):
@@ -66,10 +71,12 @@ class Inputs(NamedTuple):
     needed: Any  # how many blocks of rows hold rows that count
 
 
-def statistics(names: tuple[str, ...], classes: int, block: Block, counts: Array | None) -> SoftmaxStatistics:
+def statistics(
+    names: tuple[str, ...], layout: Classes, classes: int, block: Block, counts: Array | None
+) -> SoftmaxStatistics:
     """The statistics `names` of N rows, `classes` at a time; `block.logits` is a LinearLogits of hidden `[N, D]`."""
     z_y = label_logit(block) if "rank" in names else None
-    real, integers = all_classes(STATISTICS, names, classes, block, counts, z_y)
+    real, integers = all_classes(STATISTICS, names, layout, classes, block, counts, z_y)
     if "rank" in names:
         integers["rank"] = jnp.where(block.label >= 0, integers["rank"], block.logits.shape[-1])
     return SoftmaxStatistics(**real, **integers)
@@ -78,42 +85,40 @@ def statistics(names: tuple[str, ...], classes: int, block: Block, counts: Array
 def all_classes(
     rule: Rule,
     names: tuple[str, ...],
+    layout: Classes,
     classes: int,
     block: Block,
     counts: Array | None,
     label_logit: Array | None,
 ) -> tuple[Any, dict[str, Array]]:
     """(results of `rule`, integer statistics) of N rows."""
-    rows = block.logits.hidden.shape[0]
+    rows, *groups, _ = block.logits.hidden.shape
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
-    blocks = min(rows // ROWS, 8)
+    blocks = min(rows * math.prod(groups) // ROWS, rows, 8)
+    width = max(classes // layout.groups, 1)
     if counts is None or wide or blocks < 2:
         inputs = Inputs(block, counts, label_logit, jnp.ones((), jnp.int32))
-        return _apply(Static(rule, names, classes, rows), inputs)
+        return _apply(Static(rule, names, layout, width, rows), inputs)
     size = -(-rows // blocks)
-    order = jnp.argsort(~counts, stable=True)
-    order = jnp.append(order, jnp.arange(rows, size * blocks))  # fills the last block
-
-    def of_rows(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.at[order].get(mode="clip"), tree)
-
-    logits = dataclasses.replace(block.logits, hidden=of_rows(block.logits.hidden))
-    block = block._replace(logits=logits, label=of_rows(block.label))
-    needed = (jnp.sum(counts, dtype=jnp.int32) + (size - 1)) // size
-    inputs = Inputs(block, of_rows(counts) & (order < rows), of_rows(label_logit), needed)
-    found = _apply(Static(rule, names, classes, size), inputs)
-
-    def in_place(x: Array) -> Array:
-        return jnp.zeros(rows, x.dtype).at[order].set(x, mode="drop", unique_indices=True)
-
-    return jax.tree.map(in_place, found)
+    order = order_of_rows(counts, size * blocks, (rows, *groups))  # beyond N: what fills the last block
+    hidden, label, label_logit = take_rows(order, (block.logits.hidden, block.label, label_logit))
+    block = block._replace(logits=dataclasses.replace(block.logits, hidden=hidden), label=label)
+    needed = blocks_that_count(counts, size)
+    counts = take_rows(order, counts) & (order < rows)
+    found = _apply(Static(rule, names, layout, width, size), Inputs(block, counts, label_logit, needed))
+    return put_rows(order, jax.tree.map(lambda x: jnp.zeros((rows, *groups), x.dtype), found), found)
 
 
 def label_logit(block: Block) -> Array:
     """z_y from the label's column of the kernel, -inf where there is none; without derivative."""
     layer, label = lax.stop_gradient((block.logits, block.label))
     column = jnp.clip(label, 0, layer.kernel.shape[-1] - 1)
-    own = jax.vmap(lambda h, w: linear.product(dataclasses.replace(layer, hidden=h, kernel=w)), (0, 1))
+
+    def own(hidden: Array, kernel: Array) -> Array:
+        return linear.product(dataclasses.replace(layer, hidden=hidden, kernel=kernel))
+
+    for _ in label.shape:
+        own = jax.vmap(own, (-2, -1), -1)
     z = own(layer.hidden, layer.kernel[:, column])
     bias = None if layer.bias is None else layer.bias[column]
     z = linear.from_product(dataclasses.replace(layer, bias=bias), z)
@@ -149,8 +154,8 @@ def _hide(inputs: Inputs) -> Inputs:
     block, counts = inputs.block, inputs.counts
     if counts is None:
         return inputs
-    hidden = keep(counts[:, None], block.logits.hidden)
-    q = None if block.distribution is None else keep(counts[:, None], block.distribution)
+    hidden = keep(counts[..., None], block.logits.hidden)
+    q = None if block.distribution is None else keep(counts[..., None], block.distribution)
     logits = dataclasses.replace(block.logits, hidden=hidden)
     return inputs._replace(block=block._replace(logits=logits, distribution=q))
 
@@ -162,14 +167,15 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
     block = inputs.block
 
     def partials(row: Any, start: Any, classes: int) -> tuple[Partial, dict[str, Array]]:
-        part = _part(block, row, static.rows, start, classes)
+        part = _part(static, block, row, start, classes)
         part = part._replace(logits=linear.from_product(part.logits, linear.product(part.logits)))
         z = lax.stop_gradient(part.wide_logits())
         integers = {}
         if "prediction" in names:
-            integers["prediction"] = (start + jnp.argmax(z, -1)).astype(jnp.int32)
+            lane = jnp.argmax(z, -1).astype(jnp.int32)
+            integers["prediction"] = static.layout.of_lane(lane, start, classes)
         if "rank" in names:
-            above = ~(z <= _rows(inputs.label_logit, row, static.rows)[:, None]) & ~part.hit()
+            above = ~(z <= _rows(inputs.label_logit, row, static.rows)[..., None]) & ~part.hit()
             integers["rank"] = jnp.sum(above, -1, dtype=jnp.int32)
         return partial_statistics(
             names, part, dense.platform_max_and_rest, dense.platform_select_label
@@ -180,7 +186,8 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
         whole, before = _rows(carry, row, static.rows)
         integers = {}
         if "prediction" in names:
-            first = ~(part.max <= whole.max) & ~jnp.isnan(whole.max)  # a NaN is the largest, as in argmax
+            larger = ~(part.max <= whole.max) & ~jnp.isnan(whole.max)  # a NaN is the largest, as in argmax
+            first = larger | ((part.max == whole.max) & (here["prediction"] < before["prediction"]))
             integers["prediction"] = jnp.where(first, here["prediction"], before["prediction"])
         if "rank" in names:
             integers["rank"] = before["rank"] + here["rank"]
@@ -216,7 +223,7 @@ def _backward_pass(
     moves: Block = moving.tree(inputs).block
 
     def tile(start: Any, classes: int, row: Any) -> Block:
-        part = _part(block, row, static.rows, start, classes)
+        part = _part(static, block, row, start, classes)
         z, vjp = jax.vjp(functools.partial(linear.from_product, part.logits), linear.product(part.logits))
         of_rows = _rows((whole, results, g, inputs.counts), row, static.rows)
         part_whole, part_results, part_g, counts = of_rows
@@ -224,7 +231,7 @@ def _backward_pass(
 
         def of_counting_rows(x: Array) -> Array:
             # a select, so that NaN in a row that does not count stays there
-            return x if counts is None else jnp.where(counts[:, None], x, 0)
+            return x if counts is None else jnp.where(counts[..., None], x, 0)
 
         (d_product,) = vjp(
             of_counting_rows(static.rule.logits_gradient(built, part_whole, part_results, part_g))
@@ -254,7 +261,7 @@ def _backward_pass(
         )
 
         def put(x: Array, y: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, x.ndim - 1)
+            return static.layout.put(x, y.astype(x.dtype), start)
 
         rest = total._replace(logits=dataclasses.replace(total.logits, hidden=None))
         total = jax.tree.map(put, rest, here)
@@ -279,7 +286,7 @@ def _backward_pass(
 
 def _over_classes(static: Static, inputs: Inputs, step: Callable[[Any, int, Any], Any], init: Any) -> Any:
     """`step(start, classes, carry)` over all classes; the last block may be smaller."""
-    size, classes = static.classes, inputs.block.logits.kernel.shape[-1]
+    size, classes = static.classes, static.layout.number
     carry = varying_like(inputs, init)
     carry = lax.fori_loop(0, classes // size, lambda i, carry: step(i * size, size, carry), carry)
     rest = classes % size
@@ -298,18 +305,19 @@ def _over_rows(
     )
 
 
-def _part(block: Block, row: Any, rows: int, start: Any, classes: int) -> Block:
+def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> Block:
     """Some rows and some classes, the layer still open."""
 
     def of_classes(x: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x, start, classes, x.ndim - 1)
+        return static.layout.take(x, start, classes)
 
     layer = block.logits
     kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
     distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
-    hidden, label = _rows((layer.hidden, block.label), row, rows)
+    hidden, label = _rows((layer.hidden, block.label), row, static.rows)
     layer = dataclasses.replace(layer, hidden=hidden, kernel=kernel, bias=bias)
-    return Block(layer, None if label is None else label - start, distribution, weights, mask)
+    lane = None if label is None else static.layout.lane(label, start, classes)
+    return Block(layer, lane, distribution, weights, mask)
 
 
 def _rows(tree: Any, row: Any, rows: int) -> Any:

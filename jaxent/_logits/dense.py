@@ -14,6 +14,7 @@ from .._reduction import keep_gradient
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
+    Own,
     Partial,
     SoftmaxStatistics,
     detached_max,
@@ -36,7 +37,7 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
         found["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
     if "rank" in names:
         # "not below" is true of NaN: a row without an answer has the worst rank, V, not the best, 0
-        above = jnp.sum(~(z <= select_label(z, block)[..., None]), -1, dtype=jnp.int32)
+        above = jnp.sum(~(z <= select_label(z, block.hit())[..., None]), -1, dtype=jnp.int32)
         found["rank"] = jnp.where(block.label >= 0, above, z.shape[-1])
     return SoftmaxStatistics(**found)
 
@@ -94,15 +95,15 @@ _real_statistics = with_forward_mode(_rule)
 
 
 @detached_max
-def platform_max_and_rest(z: Array) -> tuple[Array, Array]:
+def platform_max_and_rest(z: Array, own: Own) -> tuple[Array, Array]:
     if jax.device_count() > 1:
-        return max_and_rest(z)
-    return lax.platform_dependent(z, cpu=_max_and_rest_on_cpu, default=max_and_rest)
+        return max_and_rest(z, own)
+    return lax.platform_dependent(z, own, cpu=_max_and_rest_on_cpu, default=max_and_rest)
 
 
 def platform_select_label(z: Array, block: Block) -> Array:
     if jax.device_count() > 1:
-        return select_label(z, block)
+        return select_label(z, block.hit())
 
     def gather(z: Array, label: Array) -> Array:
         lane = jnp.clip(label, 0, z.shape[-1] - 1)
@@ -110,12 +111,12 @@ def platform_select_label(z: Array, block: Block) -> Array:
         return jnp.where(label == lane, found, -jnp.inf)
 
     def select(z: Array, label: Array) -> Array:
-        return select_label(z, Block(z, label))
+        return select_label(z, Block(z, label).hit())
 
     return lax.platform_dependent(z, block.label, cpu=gather, default=select)
 
 
-def _max_and_rest_on_cpu(z: Array) -> tuple[Array, Array]:
+def _max_and_rest_on_cpu(z: Array, _: Own) -> tuple[Array, Array]:
     size = _group_size(z.shape[-1])
     if size is None:
         m = jnp.max(z, -1)

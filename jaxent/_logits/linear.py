@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import string
 from typing import Any
 
 import jax
@@ -154,11 +155,12 @@ def _operand(block: LinearLogits, dz: Array) -> Array:
 def gradient(moves: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
     """The gradients of what moves, None for the rest, in the accumulation dtype."""
     dz = _operand(block, d_product)
+    n = string.ascii_uppercase[: dz.ndim - 1]  # axes of rows
     return dataclasses.replace(
         block,
-        hidden=_einsum(block, "nv,dv->nd", dz, block.kernel) if moves.hidden else None,
-        kernel=_einsum(block, "nd,nv->dv", block.hidden, dz) if moves.kernel else None,
-        bias=jnp.sum(d_product, 0) if moves.bias else None,
+        hidden=_einsum(block, f"{n}v,dv->{n}d", dz, block.kernel) if moves.hidden else None,
+        kernel=_einsum(block, f"{n}d,{n}v->dv", block.hidden, dz) if moves.kernel else None,
+        bias=jnp.sum(d_product, tuple(range(dz.ndim - 1))) if moves.bias else None,
     )
 
 

@@ -1,7 +1,8 @@
 """Linear logits in blocks of rows, each with all its classes: 3 matmuls for a weighted sum, 4 for results per row.
 
 A block function maps the logits `[R, V]` of R rows, of one or more linear layers, and whatever else belongs to these
-rows to results `[R]`. jax differentiates it, block by block.
+rows to results `[R]`. jax differentiates it, block by block. Rows may be in groups (`layout.Rows`): then `[N]` is
+`[n, *groups]` and `[R]` is `[r, *groups]` everywhere.
 """
 
 import dataclasses
@@ -165,22 +166,18 @@ def _layer_gradient(moves: LinearLogits, block: LinearLogits, d_product: Array) 
 
 
 class _Blocks:
-    """N rows, `size` at a time: those that count first, in their order."""
+    """N rows, `size` of each group at a time: those that count first, in their order."""
 
     def __init__(self, inputs: Inputs, size: int, stop: bool):
-        rows = inputs.layers[0].hidden.shape[0]
+        rows, *groups, _ = inputs.layers[0].hidden.shape
         self.inputs, self.size = inputs, size
         self.number: Any = -(-rows // size)
         self.order = None
-        if inputs.counts is not None:
-            self.order = jnp.argsort(~inputs.counts, stable=True)
-            if stop:
-                self.number = (jnp.sum(inputs.counts, dtype=jnp.int32) + (size - 1)) // size
-        elif rows % size:
-            self.order = jnp.arange(rows)
-        if self.order is not None:
+        if inputs.counts is not None or rows % size:
             # row numbers from N on fill the last block: copies of some row that are kept out of all results
-            self.order = jnp.append(self.order, jnp.arange(rows, -(-rows // size) * size)).astype(jnp.int32)
+            self.order = order_of_rows(inputs.counts, self.number * size, (rows, *groups))
+        if inputs.counts is not None and stop:
+            self.number = blocks_that_count(inputs.counts, size)
 
     def take(self, i: Any) -> Inputs:
         layers, counts, rows, shared = self.inputs
@@ -188,7 +185,7 @@ class _Blocks:
 
         def of_layer(layer: LinearLogits) -> LinearLogits:
             # a zero in place of what is hidden: it will be multiplied by a zero gradient
-            hidden = keep(None if counts is None else counts[:, None], self.rows_of(layer.hidden, i))
+            hidden = keep(None if counts is None else counts[..., None], self.rows_of(layer.hidden, i))
             return dataclasses.replace(layer, hidden=hidden)
 
         return Inputs(tuple(map(of_layer, layers)), counts, rows, shared)
@@ -205,16 +202,14 @@ class _Blocks:
     def rows_of(self, tree: Any, i: Any) -> Any:
         if self.order is None:
             return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * self.size, self.size), tree)
-        index = self._index(i)
-        return jax.tree.map(lambda x: x.at[index].get(mode="clip"), tree)
+        return take_rows(self._index(i), tree)
 
     def put(self, total: Any, i: Any, block: Any) -> Any:
         if self.order is None:
             return jax.tree.map(
                 lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * self.size, 0), total, block
             )
-        index = self._index(i)
-        return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop", unique_indices=True), total, block)
+        return put_rows(self._index(i), total, block)
 
     def add(self, total: Inputs, i: Any, block: Inputs) -> Inputs:
         def plus(x: Any, y: Any) -> Any:
@@ -248,6 +243,48 @@ class _Blocks:
 
     def _index(self, i: Any) -> Array:
         return lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+
+
+# Rows in an order of their own in each group, so that none leaves the device that has its group.
+
+
+def order_of_rows(counts: Array | None, length: int, shape: tuple[int, ...]) -> Array:
+    """`[length, *groups]`: the numbers of the rows `[N, *groups]`, those that count first; then numbers from N on."""
+    numbers = lax.broadcasted_iota(jnp.int32, (length, *shape[1:]), 0)
+    if counts is None:
+        return numbers
+    order = jnp.argsort(~counts, axis=0, stable=True).astype(jnp.int32)
+    return jnp.concatenate([order, numbers[shape[0] :]])
+
+
+def blocks_that_count(counts: Array, size: int) -> Array:
+    """How many blocks, of `size` rows of each group, hold rows that count, where these come first."""
+    most = jnp.max(jnp.sum(counts, 0, dtype=jnp.int32))
+    return (most + (size - 1)) // size
+
+
+def take_rows(index: Array, tree: Any) -> Any:
+    """The rows `index` `[R, *groups]` of arrays `[N, *groups, ...]`."""
+
+    def take(x: Array, index: Array) -> Array:
+        return x.at[index].get(mode="clip")
+
+    return jax.tree.map(lambda x: _of_each_group(take, index)(x, index), tree)
+
+
+def put_rows(index: Array, tree: Any, block: Any) -> Any:
+    """`tree` with the rows `index` replaced; numbers that no row has are left out."""
+
+    def put(x: Array, y: Array, index: Array) -> Array:
+        return x.at[index].set(y, mode="drop", unique_indices=True)
+
+    return jax.tree.map(lambda x, y: _of_each_group(put, index)(x, y, index), tree, block)
+
+
+def _of_each_group(f: Callable[..., Array], index: Array) -> Callable[..., Array]:
+    for _ in index.shape[1:]:
+        f = jax.vmap(f, in_axes=1, out_axes=1)
+    return f
 
 
 # What is differentiated, and in which dtype its gradient leaves.

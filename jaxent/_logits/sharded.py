@@ -34,6 +34,7 @@ from .._statistics import (
     with_others,
 )
 from . import class_blocks, dense
+from .layout import Classes
 from .linear import LinearLogits
 
 AxisName = Any  # of a mapped axis, or a tuple of them
@@ -44,11 +45,13 @@ def statistics(
     block: Block,
     counts: Array | None,
     axis_name: AxisName,
-    classes: int | None = None,
+    layout: Classes | None = None,
+    width: int | None = None,
 ) -> SoftmaxStatistics:
     """The statistics `names` of rows over the classes of all devices along `axis_name`.
 
-    `block` has this device's classes, but the label counts over all of them. `classes`: of a block of linear logits.
+    `block` has this device's classes, but the label counts over all of them. Linear logits are cut into blocks of
+    `width` classes of a `layout`.
     """
     here = block.logits.shape[-1]
     first = lax.axis_index(axis_name) * here
@@ -62,7 +65,7 @@ def statistics(
         linear = isinstance(block.logits, LinearLogits)
         of_label = class_blocks.label_logit if linear else _label_logit
         z_y = lax.pmax(of_label(block), axis_name)
-    partial, found = _local(names, block, counts, z_y, classes)
+    partial, found = _local(names, block, counts, z_y, layout, width)
     m = lax.pmax(lax.stop_gradient(partial.max), axis_name)
     found = {name: _whole_integer(name, x, partial.max == m, first, axis_name) for name, x in found.items()}
     if "rank" in names:
@@ -73,7 +76,7 @@ def statistics(
 
 
 def _label_logit(block: Block) -> Array:
-    return select_label(lax.stop_gradient(block.wide_logits()), block)
+    return select_label(lax.stop_gradient(block.wide_logits()), block.hit())
 
 
 def _whole_integer(name: str, x: Array, holds: Array, first: Array, axis_name: AxisName) -> Array:
@@ -174,10 +177,15 @@ def _log_prob_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _local(
-    names: tuple[str, ...], block: Block, counts: Array | None, z_y: Array | None, classes: int | None
+    names: tuple[str, ...],
+    block: Block,
+    counts: Array | None,
+    z_y: Array | None,
+    layout: Classes | None,
+    width: int | None,
 ) -> tuple[Partial, dict[str, Array]]:
     if isinstance(block.logits, LinearLogits):
-        return class_blocks.all_classes(SUMS, names, classes, block, counts, z_y)
+        return class_blocks.all_classes(SUMS, names, layout, width, block, counts, z_y)
     integers = {}
     z = lax.stop_gradient(block.wide_logits())
     if "prediction" in names:

@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks, sharded
+from .layout import Classes, Rows, spread
 from .linear import LinearLogits
-from .plan import Plan, classes_of_a_block, plan, rows_of_a_block
+from .plan import classes_of_a_block, plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
 from .sharded import AxisName
 
@@ -30,15 +31,13 @@ def statistics(
         if class_axis_name is not None:
             return sharded.statistics(names, block, counts, class_axis_name)
         return dense.statistics(names, block, counts)
-    rows = block.logits.shape[:-1]
-    block, counts = _flat(block), flat_rows(counts, rows)
+    rows, classes, size, width = cut(block.logits, counts is not None)
+    block, counts = _apart(rows, block), rows.apart(counts)
     if class_axis_name is not None:
-        classes = _classes_at_a_time(block.logits)
-        found = sharded.statistics(names, block, counts, class_axis_name, classes)
-        return jax.tree.map(lambda x: x.reshape(rows), found)
-    size = rows_at_a_time(block.logits, counts is not None)
-    if size is None:
-        found = class_blocks.statistics(names, _plan(block.logits).classes, block, counts)
+        width = _classes_at_a_time(block.logits)
+        found = sharded.statistics(names, block, counts, class_axis_name, classes, width)
+    elif size is None:
+        found = class_blocks.statistics(names, classes, width, block, counts)
     else:
         own, shared = _own_and_shared(block)
 
@@ -49,11 +48,12 @@ def statistics(
 
         real, integers = row_blocks.map_rows(fn, size, Inputs((block.logits,), counts, own, shared))
         found = SoftmaxStatistics(**real, **integers)
-    return jax.tree.map(lambda x: x.reshape(rows), found)
+    return rows.together(found)
 
 
 def weighted_sum(
     fn: Callable[[SoftmaxStatistics, Array | None, Any, Any], Array],
+    layout: Rows,
     size: int,
     names: tuple[str, ...],
     block: Block,
@@ -62,13 +62,12 @@ def weighted_sum(
     rows: Any,
     shared: Any,
 ) -> Array:
-    """sum_n weights_n fn(statistics, counts, rows, shared)_n of linear logits, `size` rows at a time.
+    """sum_n weights_n fn(statistics, counts, rows, shared)_n of linear logits, `size` rows of each group at a time.
 
-    `fn` sees `[size]` rows and must take each by itself; what it closes over is not differentiated.
+    `fn` sees `[size, *groups]` rows and must take each by itself; what it closes over is not differentiated.
     """
-    leading = block.logits.shape[:-1]
-    block = _flat(block)
-    counts, weights, rows = flat_rows((counts, weights, rows), leading)
+    block = _apart(layout, block)
+    counts, weights, rows = layout.apart((counts, weights, rows))
 
     def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
         found = dense.statistics(names, _join(logits[0], rows[0], shared[0]), counts)
@@ -92,65 +91,57 @@ def by_blocks_of_rows(
 
     `arrays` is how many arrays of a block's size `fn` and its gradient need at a time.
     """
-    leading = layers[0].shape[:-1]
-    counts, rows, weights = flat_rows((counts, rows, weights), leading)
-    block_bytes = min(layer.block_bytes for layer in layers)
+    devices = spread((layers, rows))
+    layout = Rows.of(layers[0].shape[:-1], devices)
+    block_bytes = devices.known * min(layer.block_bytes for layer in layers)
     itemsize = max(layer.dtype.itemsize for layer in layers)
-    size = rows_of_a_block(math.prod(leading), layers[0].shape[-1], block_bytes, itemsize, arrays)
-    layers = tuple(dataclasses.replace(x, hidden=flat_rows(x.hidden, leading)) for x in layers)
+    groups = math.prod(layout.groups)
+    size = rows_of_a_block(layout.number, groups * layers[0].shape[-1], block_bytes, itemsize, arrays)
+    counts, rows, weights = layout.apart((counts, rows, weights))
+    layers = tuple(dataclasses.replace(x, hidden=layout.apart(x.hidden)) for x in layers)
     inputs = Inputs(layers, counts, rows, shared)
     if weights is not None:
         return row_blocks.sum_rows(fn, size, inputs, weights)
-    return row_blocks.map_rows(fn, size, inputs)[0].reshape(leading)
+    return layout.together(row_blocks.map_rows(fn, size, inputs)[0])
 
 
-def rows_at_a_time(logits: LinearLogits, masked: bool) -> int | None:
-    """How many rows a block has, with all classes; None where blocks of classes are better.
+class Cut(NamedTuple):
+    """Linear logits in blocks, of rows with all classes or of classes with all rows."""
+
+    rows: Rows
+    classes: Classes
+    size: int | None  # how many rows of each group a block has; None where blocks of classes are better
+    width: int  # how many classes a block has otherwise
+
+
+def cut(logits: LinearLogits, masked: bool) -> Cut:
+    """The plan for one device, of those that surely share the work; each has its part of every block.
 
     Masked rows are left out by whole blocks, so with a mask there should be some.
     """
-    best = _plan(logits)
-    if best.classes < logits.shape[-1]:
-        return None
-    eighth = -(-math.prod(logits.shape[:-1]) // 8)
-    return min(best.rows, max(eighth, ROWS)) if masked else best.rows
-
-
-def _plan(logits: LinearLogits) -> Plan:
-    *rows, features = logits.hidden.shape
-    itemsize = logits.dtype.itemsize
-    platform = jax.default_backend()
-    return plan(math.prod(rows), features, logits.shape[-1], logits.block_bytes, itemsize, platform)
+    devices = spread(logits)
+    rows, classes = Rows.of(logits.shape[:-1], devices), Classes.of(logits.shape[-1], devices)
+    platform, itemsize = jax.default_backend(), logits.dtype.itemsize
+    share, features = -(-math.prod(rows.shape) // devices.known), logits.kernel.shape[0]
+    best = plan(share, features, logits.shape[-1], logits.block_bytes, itemsize, platform)
+    width = best.classes
+    if width < logits.shape[-1]:
+        return Cut(rows, classes, None, width)
+    size = min(best.rows, max(-(-share // 8), ROWS)) if masked else best.rows
+    return Cut(rows, classes, max(size * devices.known // math.prod(rows.groups), 1), width)
 
 
 def _classes_at_a_time(logits: LinearLogits) -> int:
-    rows, features = logits.hidden.shape
-    return classes_of_a_block(rows, features, logits.shape[-1], logits.block_bytes, logits.dtype.itemsize)
+    *rows, features = logits.hidden.shape
+    itemsize = logits.dtype.itemsize
+    return classes_of_a_block(math.prod(rows), features, logits.shape[-1], logits.block_bytes, itemsize)
 
 
-def flat_rows(tree: Any, rows: tuple[int, ...]) -> Any:
-    """Arrays `[*rows, ...]` as `[N, ...]`."""
-    return jax.tree.map(lambda x: x.reshape(math.prod(rows), *x.shape[len(rows) :]), tree)
-
-
-def some_rows(x: Array, rows: tuple[int, ...], index: Array) -> Array:
-    """Some rows of `[*rows, ...]`, with as many axes: `[R, 1, ..., 1, ...]`."""
-    return with_rank_of(flat_rows(x, rows)[index], len(rows))
-
-
-def with_rank_of(tree: Any, axes: int) -> Any:
-    """`[R, ...]` as `[R, 1, ..., 1, ...]`, with so many axes of rows: what counts axes finds them in their places."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], *(1,) * (axes - 1), *x.shape[1:]), tree)
-
-
-def _flat(block: Block) -> Block:
-    logits = block.logits
-    rows = logits.shape[:-1]
-    hidden, label, distribution = flat_rows((logits.hidden, block.label, block.distribution), rows)
-    mask = block.class_mask
-    mask = flat_rows(mask, rows) if mask is not None and mask.ndim > 1 else mask
-    logits = dataclasses.replace(logits, hidden=hidden)
-    return Block(logits, label, distribution, block.class_weights, mask)
+def _apart(rows: Rows, block: Block) -> Block:
+    logits, mask = block.logits, block.class_mask
+    hidden, label, distribution = rows.apart((logits.hidden, block.label, block.distribution))
+    mask = rows.apart(mask) if mask is not None and mask.ndim > 1 else mask
+    return Block(dataclasses.replace(logits, hidden=hidden), label, distribution, block.class_weights, mask)
 
 
 def _own_and_shared(block: Block) -> tuple[Any, Any]:

@@ -1,0 +1,153 @@
+"""Rows and classes laid out so that a loop over blocks of them moves nothing between devices.
+
+Under `jit` an axis may be split over devices, each with a stretch of it. How, is not known while a program is traced:
+XLA decides later. If a block were a stretch as well, it would be on one device, and XLA would gather the axis. So an
+axis is taken apart into groups, each on one device however many share the axis, and a block takes a piece of every
+group.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType
+
+
+class Spread(NamedTuple):
+    """Over how many devices `jit` may split an axis, and how many surely share the work."""
+
+    possible: int
+    known: int
+
+    def groups(self, size: int) -> int:
+        """Of an axis: whatever number of devices divides both divides this."""
+        return math.gcd(size, self.possible)
+
+
+def spread(tree: Any) -> Spread:
+    """Of arrays: a mesh that they, or the context, have; without one it may be any of jax's devices."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+    meshes = [mesh for mesh in (*meshes, jax.sharding.get_abstract_mesh()) if not mesh.empty]
+    if not meshes:
+        return Spread(jax.device_count(), 1)
+    devices = max(map(_devices_of_jit, meshes))
+    return Spread(devices, devices)
+
+
+def _devices_of_jit(mesh: Any) -> int:
+    """What shard_map and pmap have split is split for good."""
+    types = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in types if kind != AxisType.Manual)
+
+
+class Rows(NamedTuple):
+    """Rows `[*shape]` as `[n, *groups]`: a loop takes blocks along the first axis.
+
+    A group per axis, or none at all where `jit` cannot split the rows: then it is a plain list of them.
+    """
+
+    shape: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], spread: Spread) -> "Rows":
+        groups = tuple(map(spread.groups, shape)) if math.prod(shape) else ()
+        return cls(shape, groups if math.prod(groups) > 1 else ())
+
+    @property
+    def number(self) -> int:
+        return math.prod(self.shape) // math.prod(self.groups)
+
+    def apart(self, tree: Any) -> Any:
+        """`[*shape, ...]` as `[n, *groups, ...]`."""
+        axes = range(len(self.groups))
+
+        def of(x: Array) -> Array:
+            rest = x.shape[len(self.shape) :]
+            if not self.groups:
+                return x.reshape(self.number, *rest)
+            x = x.reshape(*self._split(), *rest)
+            x = jnp.moveaxis(x, [2 * i + 1 for i in axes], list(axes))
+            return x.reshape(self.number, *self.groups, *rest)
+
+        return jax.tree.map(of, tree)
+
+    def together(self, tree: Any) -> Any:
+        """The inverse."""
+        axes = range(len(self.groups))
+
+        def of(x: Array) -> Array:
+            rest = x.shape[1 + len(self.groups) :]
+            if self.groups:
+                x = x.reshape(*self._split()[1::2], *self.groups, *rest)
+                x = jnp.moveaxis(x, list(axes), [2 * i + 1 for i in axes])
+            return x.reshape(*self.shape, *rest)
+
+        return jax.tree.map(of, tree)
+
+    def _split(self) -> tuple[int, ...]:
+        """Each axis as its groups and what a group has of it."""
+        return tuple(
+            part
+            for size, groups in zip(self.shape, self.groups, strict=True)
+            for part in (groups, size // groups)
+        )
+
+    # A function of rows counts their axes: it gets the rows of a block with as many as all rows have.
+
+    def block_shape(self, size: int) -> tuple[int, ...]:
+        if not self.groups:
+            return (size,) + (1,) * (len(self.shape) - 1)
+        return (self.groups[0] * size, *self.groups[1:])
+
+    def as_block(self, tree: Any) -> Any:
+        """`[size, *groups, ...]` with the axes of rows."""
+
+        def of(x: Array) -> Array:
+            rest = x.shape[1 + len(self.groups) :]
+            shape = self.block_shape(x.shape[0])
+            return (jnp.moveaxis(x, 0, 1) if self.groups else x).reshape(*shape, *rest)
+
+        return jax.tree.map(of, tree)
+
+    def from_block(self, x: Array, size: int) -> Array:
+        """The inverse, of one number per row."""
+        if not self.groups:
+            return x.reshape(size)
+        return jnp.moveaxis(x.reshape(self.groups[0], size, *self.groups[1:]), 1, 0)
+
+
+class Classes(NamedTuple):
+    """V classes as `[groups, n]`: a block takes `width` of each group, from `start` on."""
+
+    groups: int
+    number: int  # of a group
+
+    @classmethod
+    def of(cls, classes: int, spread: Spread) -> "Classes":
+        groups = spread.groups(classes)
+        return cls(groups, classes // groups)
+
+    def take(self, x: Array, start: Any, width: int) -> Array:
+        """`[..., V]` -> `[..., groups * width]`."""
+        x = x.reshape(*x.shape[:-1], self.groups, self.number)
+        x = jax.lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+        return x.reshape(*x.shape[:-2], self.groups * width)
+
+    def put(self, x: Array, block: Array, start: Any) -> Array:
+        """The inverse: `x` with the block in its place."""
+        block = block.reshape(*block.shape[:-1], self.groups, block.shape[-1] // self.groups)
+        apart = x.reshape(*x.shape[:-1], self.groups, self.number)
+        return jax.lax.dynamic_update_slice_in_dim(apart, block, start, x.ndim).reshape(x.shape)
+
+    def lane(self, label: Array, start: Any, width: int) -> Array:
+        """Where a block has the class, -1 where it has not."""
+        group, offset = label // self.number, label % self.number - start
+        here = (label >= 0) & (group < self.groups) & (offset >= 0) & (offset < width)
+        return jnp.where(here, group * width + offset, -1)
+
+    def of_lane(self, lane: Array, start: Any, width: int) -> Array:
+        """The inverse."""
+        return lane // width * self.number + start + lane % width
