@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import PartitionSpec as P
 
 from . import _contracts as contracts
 from ._derivatives import varying_axes, varying_like
 from ._logits import sources
-from ._logits.layout import Rows
+from ._logits.explicit import split_of
 from ._logits.linear import LinearLogits, check_linear
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
@@ -73,20 +75,13 @@ def objective(
         losses = fn(statistics, 1 if label_weight is None else label_weight, *join(of_rows, of_all))
         return _check_losses(function, losses, shape)
 
-    by_blocks = None
     if reduction != "none" and isinstance(block.logits, LinearLogits) and class_axis_name is None:
-        by_blocks = _by_blocks(call, names, block, counts, weights, own, of_all)
-    if by_blocks is not None:
-        layout, size, closed_over, call_of_block, dtype = by_blocks
-
-        def of_block(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
-            statistics, own = layout.as_block(_keep_rows(counts, (statistics, own)))
-            return layout.from_block(call_of_block(shared[0], statistics, own, shared[1]), size)
-
-        scale = scale_of_rows(counts, weights, reduction, label_weight, rows, dtype, batch_axis_name)
-        shared = (closed_over, of_all)
-        total = sources.weighted_sum(of_block, layout, size, names, block, counts, scale, own, shared)
-        return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
+        scale = functools.partial(
+            scale_of_rows, counts, weights, reduction, label_weight, rows, batch_axis_name=batch_axis_name
+        )
+        total = _sum_of_rows(call, names, block, counts, scale, own, of_all)
+        if total is not None:
+            return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
 
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
     statistics = sources.statistics(names, block, counts, class_axis_name)
@@ -106,45 +101,89 @@ def _label_weight(class_weights: Array, label: Array, class_axis_name: AxisName)
     return jnp.where(label < 0, 1, weight)
 
 
-def _by_blocks(
+def _sum_of_rows(
     call: Callable[..., Array],
     names: tuple[str, ...],
     block: Block,
     counts: Array | None,
-    weights: Array | None,
+    scale: Callable[[Any], Array],
     own: Any,
     of_all: Any,
-) -> tuple[Rows, int, Any, Callable[..., Array], Any] | None:
-    """(how rows are cut, what `call` closes over, `call` of a block, dtype of losses), if blocks are right and best."""
-    rows, dtype = block.logits.shape[:-1], block.logits.dtype
-    if not rows or 0 in rows or not names:
+) -> Array | None:
+    """sum_n scale_n call(...)_n of linear logits with all classes in one place, without the statistics of all rows.
+
+    None unless that is right and best. `scale` makes the factors of rows in the dtype of the losses.
+    """
+    rows, split = block.logits.shape[:-1], split_of(block.logits)
+    if not rows or 0 in rows or not names or (split is not None and split.classes is not None):
         return None
-    layout, _, size, _ = sources.cut(block.logits, counts is not None)
-    if size is None:
+    if split is None and sources.cut(block.logits, counts is not None).size is None:
         return None
-    call_of_all, shape = functools.partial(call, rows), layout.block_shape(size)
-    arguments = (example(names, rows, dtype), own, of_all)
+    arguments = (example(names, rows, block.logits.dtype), own, of_all)
+    call_of_all = functools.partial(call, rows)
     everything = jax.make_jaxpr(call_of_all)(*arguments)
     is_of_row = [tree is not of_all for tree in arguments for _ in jax.tree.leaves(tree)]
-    inputs = (block, counts, weights, own, of_all)
-    statistics = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), arguments[0])
-    own = layout.as_block(jax.tree.map(lambda x: x[jnp.zeros(size, int)], layout.apart(own)))
     try:
         with_tangents, moves = derivative(call_of_all, arguments)
-        arguments = varying_like(inputs, (statistics, own, of_all))
-        of_block = jax.make_jaxpr(functools.partial(call, shape))(*arguments)
     except Exception:
-        # it has no forward mode, or is written for the shape of all rows: then it gets all rows
-        return None
+        return None  # it has no forward mode
     tangents = [of_row for of_row, m in zip(is_of_row, moves, strict=True) if m]
     if not takes_rows_apart(with_tangents, rows, is_of_row + tangents):
         return None
+    factors = scale(everything.out_avals[0].dtype)
+    if split is None:
+        return _sum_by_blocks(call, everything, names, block, counts, factors, own, of_all)
+    if any(isinstance(x, jax.Array) for x in everything.consts):
+        return None  # what it closes over has a place on the mesh
+
+    def on_device(block: Block, counts: Array | None, factors: Array, own: Any, of_all: Any) -> Array:
+        total = _sum_of_rows(call, names, block, counts, lambda _: factors, own, of_all)
+        if total is None:
+            statistics = _keep_rows(counts, sources.statistics(names, block, counts))
+            losses = call(factors.shape, statistics, _keep_rows(counts, own), of_all)
+            total = jnp.sum(factors * keep(counts, losses))
+        return lax.psum(total, split.row_axes)
+
+    inputs = (block, counts, factors, own, of_all)
+    specs = (split.of_block(block), *split.of_rows(inputs[1:4]), jax.tree.map(lambda _: P(), of_all))
+    return split.on_each_device(on_device, specs, inputs, P())
+
+
+def _sum_by_blocks(
+    call: Callable[..., Array],
+    everything: ClosedJaxpr,
+    names: tuple[str, ...],
+    block: Block,
+    counts: Array | None,
+    factors: Array,
+    own: Any,
+    of_all: Any,
+) -> Array | None:
+    """The sum by blocks of rows; None if `call`, for all rows `everything`, is another function of a block."""
+    rows, dtype = block.logits.shape[:-1], block.logits.dtype
+    layout, _, size, _ = sources.cut(block.logits, counts is not None)
+    assert size is not None
+    shape = layout.block_shape(size)
+    inputs = (block, counts, factors, own, of_all)
+    statistics = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), example(names, shape, dtype))
+    own_of_block = layout.as_block(jax.tree.map(lambda x: x[jnp.zeros(size, int)], layout.apart(own)))
+    arguments = varying_like(inputs, (statistics, own_of_block, of_all))
+    try:
+        of_block = jax.make_jaxpr(functools.partial(call, shape))(*arguments)
+    except Exception:
+        return None  # it is written for the shape of all rows
     if not is_same_function(everything, rows, of_block, shape):
         return None
     call_of_block, closed_over = hoist(of_block, arguments)
     if any(varying_axes(x) != varying_axes(inputs) for x in closed_over):
         return None  # a shard_map's jaxpr says of each array over which devices it differs
-    return layout, size, closed_over, call_of_block, everything.out_avals[0].dtype
+
+    def losses(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
+        statistics, own = layout.as_block(_keep_rows(counts, (statistics, own)))
+        return layout.from_block(call_of_block(shared[0], statistics, own, shared[1]), size)
+
+    shared = (closed_over, of_all)
+    return sources.weighted_sum(losses, layout, size, names, block, counts, factors, own, shared)
 
 
 def _check_losses(function: str, losses: Any, shape: tuple[int, ...]) -> Array:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks, sharded
+from .explicit import split_of
 from .layout import Classes, Rows, spread
 from .linear import LinearLogits
 from .plan import classes_of_a_block, plan, rows_of_a_block
@@ -31,6 +33,14 @@ def statistics(
         if class_axis_name is not None:
             return sharded.statistics(names, block, counts, class_axis_name)
         return dense.statistics(names, block, counts)
+    split = split_of(block.logits)
+    if split is not None:
+
+        def on_device(block: Block, counts: Array | None) -> SoftmaxStatistics:
+            return statistics(names, block, counts, class_axis_name or split.classes)
+
+        specs = (split.of_block(block), split.of_rows(counts))
+        return split.on_each_device(on_device, specs, (block, counts), P(*split.rows))
     rows, classes, size, width = cut(block.logits, counts is not None)
     block, counts = _apart(rows, block), rows.apart(counts)
     if class_axis_name is not None:

@@ -1,0 +1,85 @@
+"""Linear logits on an explicit mesh: the types of arrays say how axes are split, so each device does its own part.
+
+What `jit` does with an auto mesh by propagation is a `shard_map` here: nothing is communicated inside a loop.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .._statistics import Block
+from .linear import LinearLogits
+
+
+class Split(NamedTuple):
+    """Over which axes of the mesh rows and classes are split."""
+
+    mesh: Any
+    rows: tuple[Any, ...]  # for each axis of rows
+    classes: Any
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        return tuple(name for entry in self.rows for name in _names(entry))
+
+    def of_rows(self, tree: Any) -> Any:
+        """Specs of arrays `[*rows, ...]`."""
+        return jax.tree.map(lambda _: P(*self.rows), tree)
+
+    def of_block(self, block: Block) -> Any:
+        """Specs of a block of linear logits."""
+        logits, mask = block.logits, block.class_mask
+        of_each = {
+            "hidden": P(*self.rows),
+            "kernel": P(None, self.classes),
+            "bias": None if logits.bias is None else P(self.classes),
+        }
+        of_block = {
+            "logits": dataclasses.replace(logits, **of_each),
+            "label": P(*self.rows),
+            "distribution": P(*self.rows, self.classes),
+            "class_weights": P(self.classes),
+            "class_mask": P(self.classes) if mask is None or mask.ndim == 1 else P(*self.rows, self.classes),
+        }
+        return Block(**{name: spec for name, spec in of_block.items() if getattr(block, name) is not None})
+
+    def on_each_device(self, f: Callable[..., Any], specs: Any, arguments: Any, out_specs: Any) -> Any:
+        """`f` of the part that each device has; what is split otherwise is moved first."""
+        explicit = {
+            name
+            for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+            if kind == AxisType.Explicit
+        }
+        local = jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=explicit)
+
+        def move(x: Any, spec: P) -> Any:
+            return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+
+        return jax.jit(lambda *x: local(*jax.tree.map(move, x, specs)))(*arguments)
+
+
+def split_of(*layers: LinearLogits) -> Split | None:
+    """How rows and classes of layers are split; None where no mesh says so.
+
+    Where features, or classes beside the rows, are split over an axis, as in fully sharded data parallel training, the
+    device gathers them.
+    """
+    types = [jax.typeof(x) for x in jax.tree.leaves(layers)]
+    meshes = [t.sharding.mesh for t in types if AxisType.Explicit in t.sharding.mesh.axis_types]
+    if not meshes:
+        return None
+    rows = tuple(jax.typeof(layers[0].hidden).sharding.spec)[:-1]
+    taken = {name for entry in rows for name in _names(entry)}
+    classes = tuple(
+        name for name in _names(jax.typeof(layers[0].kernel).sharding.spec[-1]) if name not in taken
+    )
+    return Split(meshes[0], rows, classes or None)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Of an entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
