@@ -293,8 +293,7 @@ def _in_force(class_mask: Array, label: Array, class_axis_name: AxisName) -> Arr
     if class_axis_name is not None:
         label = label - lax.axis_index(class_axis_name) * classes
     if class_mask.ndim == 1:
-        lane = jnp.clip(label, 0, classes - 1)
-        found = (label == lane) & class_mask[lane]
+        found = take_class(class_mask, label)
     else:
         hit = jnp.arange(classes) == label[..., None]
         found = jnp.any(hit & class_mask, -1)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._devices import spread
 from ._numerics import exp_difference, product_or_zero, widen
 
 
@@ -291,9 +292,12 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
 
 
 def take_class(x: Array, label: Array) -> Array:
-    """x[label] of `[V]` values; 0 for a label outside [0, V)."""
+    """x[label] of `[V]` values, bools or floats; 0 for a label outside [0, V)."""
+    if spread((x, label)).possible > 1:  # as `Block.hit`
+        hit = jnp.arange(x.shape[0]) == label[..., None]
+        return jnp.sum(jnp.where(hit, x, jnp.zeros_like(x)), -1, dtype=x.dtype)
     lane = jnp.clip(label, 0, x.shape[0] - 1)
-    return jnp.where(label == lane, x[lane], 0)
+    return jnp.where(label == lane, x[lane], jnp.zeros((), x.dtype))
 
 
 def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict[str, Array]) -> Array:

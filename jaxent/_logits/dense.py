@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._devices import spread
 from .._derivatives import with_forward_mode
 from .._numerics import exp_difference, lowest
 from .._reduction import keep_gradient
@@ -96,13 +97,13 @@ _real_statistics = with_forward_mode(_rule)
 
 @detached_max
 def platform_max_and_rest(z: Array, own: Own) -> tuple[Array, Array]:
-    if jax.device_count() > 1:
+    if spread(z).possible > 1:
         return max_and_rest(z, own)
     return lax.platform_dependent(z, own, cpu=_max_and_rest_on_cpu, default=max_and_rest)
 
 
 def platform_select_label(z: Array, block: Block) -> Array:
-    if jax.device_count() > 1:
+    if spread((z, block.label)).possible > 1:
         return select_label(z, block.hit())
 
     def gather(z: Array, label: Array) -> Array:

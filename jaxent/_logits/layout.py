@@ -1,9 +1,8 @@
 """Rows and classes laid out so that a loop over blocks of them moves nothing between devices.
 
-Under `jit` an axis may be split over devices, each with a stretch of it. How, is not known while a program is traced:
-XLA decides later. If a block were a stretch as well, it would be on one device, and XLA would gather the axis. So an
-axis is taken apart into groups, each on one device however many share the axis, and a block takes a piece of every
-group.
+`jit` may split an axis over devices, each with a stretch of it. If a block were a stretch as well, it would be on one
+device, and XLA would gather the axis. So an axis is taken apart into groups, each on one device however many share the
+axis, and a block takes a piece of every group.
 """
 
 import math
@@ -12,34 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
 
-
-class Spread(NamedTuple):
-    """Over how many devices `jit` may split an axis, and how many surely share the work."""
-
-    possible: int
-    known: int
-
-    def groups(self, size: int) -> int:
-        """Of an axis: whatever number of devices divides both divides this."""
-        return math.gcd(size, self.possible)
-
-
-def spread(tree: Any) -> Spread:
-    """Of arrays: a mesh that they, or the context, have; without one it may be any of jax's devices."""
-    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
-    meshes = [mesh for mesh in (*meshes, jax.sharding.get_abstract_mesh()) if not mesh.empty]
-    if not meshes:
-        return Spread(jax.device_count(), 1)
-    devices = max(map(_devices_of_jit, meshes))
-    return Spread(devices, devices)
-
-
-def _devices_of_jit(mesh: Any) -> int:
-    """What shard_map and pmap have split is split for good."""
-    types = zip(mesh.shape.values(), mesh.axis_types, strict=True)
-    return math.prod(size for size, kind in types if kind != AxisType.Manual)
+from .._devices import Spread
 
 
 class Rows(NamedTuple):

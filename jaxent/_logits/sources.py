@@ -9,10 +9,11 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from .._devices import spread
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks, sharded
 from .explicit import split_of
-from .layout import Classes, Rows, spread
+from .layout import Classes, Rows
 from .linear import LinearLogits
 from .plan import classes_of_a_block, plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
