@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 
 VOCABULARY, FEATURES, CONTEXT, HIDDEN, LENGTH = 65_536, 64, 8, 256, 128  # V, D, K, H, T
 LEARNING_RATE, EVALUATIONS, VALIDATION_BATCHES = 5e-3, 6, 8
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxent"
 BLOCK_BYTES = 32 * 2**20  # of LinearLogits: this model is small, its blocks may be too
 NAMES = {False: "LinearLogits", True: "built logits"}
 
@@ -332,7 +333,6 @@ def report(results, options):
 
 
 def main(argv=None):
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxent"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -345,7 +345,7 @@ def main(argv=None):
     parser.add_argument("--files", type=int, help="read only so many files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="language_model.png")
-    parser.add_argument("--cache", type=Path, default=cache)
+    parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args(argv)
 
     ids, starts = load(options.cache, options.files)
