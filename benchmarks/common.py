@@ -19,11 +19,11 @@ def readable_seconds(rounds: list[float]) -> str:
 def readable_bytes(count: int | None) -> str:
     if count is None:
         return "-"
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
