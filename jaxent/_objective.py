@@ -119,8 +119,12 @@ def _sum_of_rows(
         return None
     if split is None and sources.cut(block.logits, counts is not None).size is None:
         return None
-    arguments = (example(names, rows, block.logits.dtype), own, of_all)
     call_of_all = functools.partial(call, rows)
+    statistics = example(names, rows, block.logits.dtype)
+    factors = scale(jax.eval_shape(call_of_all, statistics, own, of_all).dtype)
+    inputs = (block, counts, factors, own, of_all)
+    statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics)
+    arguments = varying_like(inputs, (statistics, own, of_all))
     everything = jax.make_jaxpr(call_of_all)(*arguments)
     is_of_row = [tree is not of_all for tree in arguments for _ in jax.tree.leaves(tree)]
     try:
@@ -130,7 +134,6 @@ def _sum_of_rows(
     tangents = [of_row for of_row, m in zip(is_of_row, moves, strict=True) if m]
     if not takes_rows_apart(with_tangents, rows, is_of_row + tangents):
         return None
-    factors = scale(everything.out_avals[0].dtype)
     if split is None:
         return _sum_by_blocks(call, everything, names, block, counts, factors, own, of_all)
     if any(isinstance(x, jax.Array) for x in everything.consts):
@@ -144,7 +147,6 @@ def _sum_of_rows(
             total = jnp.sum(factors * keep(counts, losses))
         return lax.psum(total, split.row_axes)
 
-    inputs = (block, counts, factors, own, of_all)
     specs = (split.of_block(block), *split.of_rows(inputs[1:4]), jax.tree.map(lambda _: P(), of_all))
     return split.on_each_device(on_device, specs, inputs, P())
 
@@ -160,12 +162,13 @@ def _sum_by_blocks(
     of_all: Any,
 ) -> Array | None:
     """The sum by blocks of rows; None if `call`, for all rows `everything`, is another function of a block."""
-    rows, dtype = block.logits.shape[:-1], block.logits.dtype
+    rows = block.logits.shape[:-1]
     layout, _, size, _ = sources.cut(block.logits, counts is not None)
     assert size is not None
     shape = layout.block_shape(size)
     inputs = (block, counts, factors, own, of_all)
-    statistics = jax.tree.map(lambda x: jnp.zeros(shape, x.dtype), example(names, shape, dtype))
+    statistics = example(names, shape, block.logits.dtype)
+    statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics)
     own_of_block = layout.as_block(jax.tree.map(lambda x: x[jnp.zeros(size, int)], layout.apart(own)))
     arguments = varying_like(inputs, (statistics, own_of_block, of_all))
     try:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._devices import spread
 from .._derivatives import with_forward_mode
+from .._devices import spread
 from .._numerics import exp_difference, lowest
 from .._reduction import keep_gradient
 from .._statistics import (

@@ -1,4 +1,4 @@
-"""Axes split by jit, on auto and on explicit meshes, with no keyword: the same as on one device, and nothing gathered."""
+"""Axes split by jit, on auto and explicit meshes, with no keyword: the same as on one device, and nothing gathered."""
 
 import functools
 
@@ -28,7 +28,6 @@ SPLITS = {
     "batch of sequences": ((8, 5), ("rows", None), None),
     "sequence": ((3, 32), (None, "rows"), "classes"),
     "batch and sequence": ((4, 16), ("rows", "classes"), None),
-    "fully sharded kernel": ((64,), (("rows", "classes"),), ("rows", "classes")),
 }
 # four rows, or 40 classes, of a device at a time: both leave a remainder
 PLANS = {"rows": lambda *_: Plan(4, V), "classes": lambda n, *_: Plan(n, 40)}
@@ -86,11 +85,10 @@ def put(kind, split):
     rows, of_rows, of_classes = SPLITS[split]
     mesh = MESHES[kind]()
     layer, label, options = arrays(rows)
-    of_class_arrays = P() if split == "fully sharded kernel" else P(of_classes)
     specs = (
-        (P(*of_rows), P(None, of_classes), of_class_arrays),
+        (P(*of_rows), P(None, of_classes), P(of_classes)),
         P(*of_rows),
-        {name: of_class_arrays if name.startswith("class") else P(*of_rows) for name in options},
+        {name: P(of_classes) if name.startswith("class") else P(*of_rows) for name in options},
     )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.device_put((layer, label, options), shardings)
@@ -99,8 +97,6 @@ def put(kind, split):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_splits(kind, split, reduction, source):
-    if split == "fully sharded kernel" and source == "dense":
-        return  # logits with rows and classes over the same devices: jax asks for a decision
     layer, label, options = put(kind, split)
     f = jax.jit(value_and_grad, static_argnums=(0, 4), compiler_options=harness.QUICK)
     program = f.lower(reduction, layer, label, options, source == "dense").compile()
@@ -110,8 +106,7 @@ def test_splits(kind, split, reduction, source):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     for x, gradient in zip(layer, gradients, strict=True):
         assert gradient.sharding.is_equivalent_to(x.sharding, x.ndim)
-    if source != "dense" and split != "fully sharded kernel":
-        sent = collectives(program)
-        assert {c.kind for c in sent} == {"all-reduce"}
-        if kind == "explicit":
-            assert not any(c.in_loop for c in sent)
+    sent = collectives(program)
+    assert {c.kind for c in sent} == {"all-reduce"}
+    if kind == "explicit":
+        assert not any(c.in_loop for c in sent)

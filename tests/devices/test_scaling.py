@@ -53,14 +53,7 @@ def test_what_is_held(mesh):
     )  # and the loss, and a table of three pointers
 
 
-@pytest.mark.parametrize(
-    ("mesh", "matmuls"),
-    [
-        pytest.param("data", 3, marks=pytest.mark.xfail(reason="with check_vma blocks of rows take 4")),
-        ("vocab", 4),
-        ("both", 4),
-    ],
-)
+@pytest.mark.parametrize(("mesh", "matmuls"), [("data", 3), ("vocab", 4), ("both", 4)])
 def test_matmuls(mesh, matmuls):
     assert measure(MESHES[mesh]).matmuls == matmuls
 
