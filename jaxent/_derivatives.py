@@ -106,13 +106,17 @@ def values_and_moving(tree: Any) -> tuple[Any, Moving]:
     return jax.tree.unflatten(treedef, [x.value for x in leaves]), Moving(tuple(moving))
 
 
+def is_symbolic_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
 def instantiate(tree: Any) -> Any:
     """Cotangents, symbolic zeros among them, as arrays."""
 
     def zeros(x: Any) -> Any:
-        return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+        return jnp.zeros(x.shape, x.dtype) if is_symbolic_zero(x) else x
 
-    return jax.tree.map(zeros, tree, is_leaf=lambda x: isinstance(x, SymbolicZero))
+    return jax.tree.map(zeros, tree, is_leaf=is_symbolic_zero)
 
 
 def stopping_early(run: Callable[..., Any]) -> Callable[..., Any]:

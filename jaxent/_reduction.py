@@ -48,7 +48,8 @@ def keep_gradient(counts: Array | None, x: Array) -> Array:
 @keep_gradient.defjvp
 def _keep_gradient_jvp(primals, tangents):
     (counts, x), (_, dx) = primals, tangents
-    return x, dx if counts is None else jnp.where(counts[..., None], dx, 0)
+    # not x itself, which would come back without the mask where this is differentiated again
+    return keep_gradient(counts, x), dx if counts is None else jnp.where(counts[..., None], dx, 0)
 
 
 def reduce(

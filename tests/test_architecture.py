@@ -23,7 +23,7 @@ LAYERS = [
     {"_reduction"},
     {"_statistics"},
     {"_logits"},
-    {"_tracing"},
+    {"_tracing", "_log_ratio"},
     {"_objective"},
     {"_softmax", "_general", "_sigmoid", "_probability", "_divergences"},
     {"_diagnose"},

@@ -32,20 +32,27 @@ class Split(NamedTuple):
 
     def of_block(self, block: Block) -> Any:
         """Specs of a block of linear logits."""
-        logits, mask = block.logits, block.class_mask
-        of_each = {
-            "hidden": P(*self.rows),
-            "kernel": P(None, self.classes),
-            "bias": None if logits.bias is None else P(self.classes),
-        }
-        of_block = {
-            "logits": dataclasses.replace(logits, **of_each),
+        specs = {
+            "logits": self.of_logits(block.logits),
             "label": P(*self.rows),
-            "distribution": P(*self.rows, self.classes),
+            "distribution": self.of_logits(block.distribution),
             "class_weights": P(self.classes),
-            "class_mask": P(self.classes) if mask is None or mask.ndim == 1 else P(*self.rows, self.classes),
+            "class_mask": self.of_mask(block.class_mask),
         }
-        return Block(**{name: spec for name, spec in of_block.items() if getattr(block, name) is not None})
+        return Block(**{name: spec for name, spec in specs.items() if getattr(block, name) is not None})
+
+    def of_logits(self, z: Any) -> Any:
+        if not isinstance(z, LinearLogits):
+            return P(*self.rows, self.classes)
+        specs: dict[str, Any] = {"hidden": P(*self.rows), "kernel": P(None, self.classes)}
+        if z.bias is not None:
+            specs["bias"] = P(self.classes)
+        return dataclasses.replace(z, **specs)
+
+    def of_mask(self, class_mask: Any) -> Any:
+        if class_mask is None or class_mask.ndim > 1:
+            return None if class_mask is None else self.of_logits(class_mask)
+        return P(self.classes)
 
     def on_each_device(self, f: Callable[..., Any], specs: Any, arguments: Any, out_specs: Any) -> Any:
         """`f` of the part that each device has; what is split otherwise is moved first."""

@@ -16,6 +16,7 @@ from jax import Array, lax
 from .._derivatives import (
     Moving,
     instantiate,
+    is_symbolic_zero,
     stopping_early,
     values_and_moving,
     varying_like,
@@ -62,8 +63,10 @@ def _mapped_forward(static: Static, inputs: Any) -> tuple[Any, Any]:
     return _evaluate(static, inputs), (inputs, moving)
 
 
-def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
+def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | None]:
     inputs, moving = residuals
+    if all(map(is_symbolic_zero, jax.tree.leaves(g[0], is_leaf=is_symbolic_zero))):
+        return (None,)  # nothing depends on these results
     _, gradients = _differentiate((*static, moving), inputs, instantiate(g[0]))
     return (_cast(gradients, _Dtypes.of(inputs)),)
 
