@@ -1,4 +1,6 @@
-"""README.md does what it says: its Python blocks run, each on its own, and print the text that follows."""
+"""README.md and the pages in docs do what they say: their Python blocks run, each on its own, and print the text that
+follows.
+"""
 
 import re
 import subprocess
@@ -7,29 +9,35 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", README.read_text(), flags=re.DOTALL | re.MULTILINE
-)
+ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PATTERN = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
+BLOCKS = [
+    pytest.param(*block, id=f"{page}-{i}")
+    for page, text in PAGES.items()
+    for i, block in enumerate(PATTERN.findall(text))
+]
 
 
-def test_there_are_blocks():
-    assert BLOCKS
+@pytest.mark.parametrize("page", ["README.md", "sharding.md"])
+def test_there_are_blocks(page):
+    assert PATTERN.findall(PAGES[page])
 
 
-@pytest.mark.parametrize(("code", "expected"), BLOCKS, ids=lambda text: text.strip().split("\n")[-1][:40])
+@pytest.mark.parametrize(("code", "expected"), BLOCKS)
 def test_block(code, expected):
     # a process each: what a reader who pastes it gets
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if expected:
         assert done.stdout.split() == expected.split()
 
 
-def test_names_in_the_readme_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_names_on_the_page_exist(page):
     import jaxent
 
-    named = set(re.findall(r"jaxent\.([a-zA-Z]\w+)", README.read_text()))
+    named = set(re.findall(r"jaxent\.([a-zA-Z]\w+)", PAGES[page]))
     missing = {name for name in named if not hasattr(jaxent, name)}
     assert not missing
