@@ -7,7 +7,8 @@ agreed on: several may. The label, though, is on one device. So with integer lab
     S = sum_{j != y} e_j      c = z_y - m      T = S + exp(c)      log p_y = c - log T
 
 with log T = log1p(S) where c = 0. Nothing is subtracted, so a loss of 1e-30 keeps its digits; and
-d log p_y / dc = S / T, never 1 - p.
+d log p_y / dc = S / T, never 1 - p. Without integer labels, and for the entropy, it is counted how many devices hold
+the largest logit: r = sum of all terms but one of each such device, plus how many they are, less 1.
 
 Rules of differentiation are those of the sums of one device. The collectives stay outside of them, where jax knows
 what their transposes are in each kind of mapping.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._derivatives import with_forward_mode
-from .._numerics import exp_difference, product_or_zero
+from .._numerics import exp_difference, limit, product_or_zero
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
@@ -94,7 +95,8 @@ def _finish(
     behind = m - lax.stop_gradient(partial.max)
 
     def moments(x: Moments | None) -> Moments | None:
-        return None if x is None else Moments(x.deviation + moved(x.mass, behind), x.mass)
+        # a device may have none of the mass, and yet its mass has a derivative
+        return None if x is None else Moments(x.deviation + x.mass * limit(x.mass, behind), x.mass)
 
     sums: dict[str, Any] = {
         name: moments(getattr(partial, name)) for name in ("distribution", "weighted", "uniform")
@@ -103,29 +105,26 @@ def _finish(
     if partial.others is not None:
         label_here = (block.label >= 0) & (block.label < block.logits.shape[-1])
         sums["c"] = jnp.where(label_here, partial.label_logit - m, 0)
-        sums["total"] = moved(scale, partial.others)
-        here = partial.others + jnp.where(label_here, exp_difference(partial.label_logit, partial.max), 0)
-    else:
+        sums["others"] = moved(scale, partial.others)
+    if partial.others is None or "entropy" in names:  # small where a row is sure of any class, not just of its label
         holds = partial.max == m
-        sums["total"] = jnp.where(holds, partial.rest, moved(scale, 1 + partial.rest))
+        sums["rest"] = jnp.where(holds, partial.rest, moved(scale, 1 + partial.rest))
         sums["holders"] = holds.astype(m.dtype)
-        here = 1 + partial.rest
     if partial.spread is not None:
-        sums["spread"] = moved(scale, partial.spread + moved(here, behind))
+        sums["spread"] = moved(scale, partial.spread + moved(1 + partial.rest, behind))
     sums = lax.psum({name: x for name, x in sums.items() if x is not None}, axis_name)
 
-    label_log_prob = None
+    label_log_prob = r = log_t = None
     if partial.others is not None:
-        total = sums["total"] + jnp.exp(sums["c"])
-        log_t = _log_total(sums["total"], sums["c"])
-        label_log_prob = _log_prob(sums["total"], sums["c"])
-    else:
-        r = sums["total"] + (sums["holders"] - 1)
-        total, log_t = 1 + r, jnp.log1p(r)
+        log_t = _log_total(sums["others"], sums["c"])
+        label_log_prob = _log_prob(sums["others"], sums["c"])
+    if "rest" in sums:
+        r = sums["rest"] + (sums["holders"] - 1)
+        log_t = jnp.log1p(r)
     poison = m - m
 
     def expectation(x: Moments) -> Array:
-        return -(x.deviation + moved(x.mass, log_t))
+        return -(x.deviation + x.mass * limit(x.mass, log_t))
 
     found: dict[str, Array] = {}
     for name in names:
@@ -143,7 +142,7 @@ def _finish(
             case "log_normalizer":
                 found[name] = m + log_t
             case "entropy":
-                found[name] = log_t + sums["spread"] / total
+                found[name] = log_t + sums["spread"] / (1 + r)
     return {name: x + poison for name, x in found.items()}
 
 
