@@ -34,7 +34,8 @@ class LinearLogits:
       softcap: > 0, bounds the logits (before the temperature) to +-softcap. None: no bound.
       precision: of the matmuls, as in `jnp.matmul`.
       block_bytes: about how much memory a block of logits and its gradient may take, beside the gradients of
-        `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows.
+        `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows. Of each device, where jax knows
+        over how many the arrays are split (docs/sharding.md).
 
     Attributes:
       shape: `[..., V]`, that of the logits.

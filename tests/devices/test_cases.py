@@ -3,8 +3,6 @@
 What does not divide is padded, with rows that `where` hides and with classes that `class_mask` takes out.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 import cases
 import harness
 import jaxent
-import oracle
 import test_gradients
 import test_values
 
@@ -64,7 +61,7 @@ def spec_of(name, x, rows):
 
 
 def on_mesh(loss, inputs, options, source, cotangent=None):
-    """The loss (or statistics) of a function of logits; with a cotangent also gradients by all inputs that are float."""
+    """The loss, or statistics; with a cotangent also the gradients by all inputs that are float."""
     rest = {name: x for name, x in options.items() if name not in harness.ARRAYS}
     arrays = {name: harness.cast(x, "float32") for name, x in options.items() if name in harness.ARRAYS}
     inputs = [harness.cast(x, "float32") for x in inputs]
@@ -78,9 +75,13 @@ def on_mesh(loss, inputs, options, source, cotangent=None):
     names = AXES if loss != "softmax_statistics" else {"class_axis_name": "classes"}
 
     def local(eye, inputs, arrays):
-        logits = [jaxent.LinearLogits(eye, x) if layer else x for x, layer in zip(inputs, layered, strict=True)]
+        logits = [
+            jaxent.LinearLogits(eye, x) if layer else x for x, layer in zip(inputs, layered, strict=True)
+        ]
         found = getattr(jaxent, loss)(*logits, **arrays, **rest, **names)
-        return found if loss != "softmax_statistics" else {k: x for k, x in vars(found).items() if x is not None}
+        return (
+            found if loss != "softmax_statistics" else {k: x for k, x in vars(found).items() if x is not None}
+        )
 
     of_inputs = [
         P(None, "classes") if layer else of_logits if x.ndim > k else of_rows
@@ -95,7 +96,8 @@ def on_mesh(loss, inputs, options, source, cotangent=None):
 
         def of_moving(moved):
             full = dict(enumerate(inputs)) | dict(zip(moving, moved, strict=True))
-            flat = [x.reshape(n, classes) if l else x for x, l in zip(full.values(), layered, strict=True)]
+            parts = zip(full.values(), layered, strict=True)
+            flat = [x.reshape(n, classes) if layer else x for x, layer in parts]
             return mapped(eye, flat, arrays)
 
         if cotangent is None:
@@ -122,7 +124,9 @@ def test_losses(case, source):
     harness.assert_within(cut(got, want.shape), want, test_values.allowed(case, "float32", want), "value:")
     for g, w in zip(gradients, wanted, strict=True):
         w = np.moveaxis(w, case.axis, -1)
-        bound = np.moveaxis(test_gradients.allowed(case, "float32", np.moveaxis(w, -1, case.axis)), case.axis, -1)
+        bound = np.moveaxis(
+            test_gradients.allowed(case, "float32", np.moveaxis(w, -1, case.axis)), case.axis, -1
+        )
         harness.assert_within(cut(g, w.shape), w, bound, "gradient:")
         if case in cases.OPTIONS:
             assert (cut(g, w.shape)[np.asarray(w) == 0] == 0).all()

@@ -1,0 +1,117 @@
+"""KL and JS with the classes on several devices, dense, linear and both: values and gradients are in test_cases.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import harness
+import jaxent
+from programs import collectives, matmul_operations
+
+N, D, V = 12, 5, 48
+SPECS = (P("rows"), P(None, "classes"), P("rows"), P(None, "classes"))
+AUTO = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
+SOURCES = ("dense", "linear"), ("linear", "dense"), ("linear", "linear"), ("dense", "dense")
+NAMES = ("softmax_kl_divergence", "softmax_js_divergence")
+names = pytest.mark.parametrize("name", NAMES)
+compiled = functools.partial(jax.jit, compiler_options=harness.QUICK)
+
+
+@functools.cache
+def arrays():
+    rng = np.random.default_rng(4)
+    layers = [np.float32(rng.normal(size=shape)) for shape in ((N, D), (D, V)) * 2]
+    where, class_mask = rng.uniform(size=N) < 0.7, rng.uniform(size=V) < 0.7
+    class_mask[12:24] = False  # all of a device's
+    return layers, where, class_mask
+
+
+def loss(name, sources, reduction, layers, where, class_mask, **axes):
+    def logits(source, hidden, kernel):
+        return (
+            jaxent.LinearLogits(hidden, kernel, block_bytes=8000) if source == "linear" else hidden @ kernel
+        )
+
+    both = [logits(source, *layers[2 * i : 2 * i + 2]) for i, source in enumerate(sources)]
+    options = {"where": where, "class_mask": class_mask, "temperature": 1.5}
+    return jnp.sum(getattr(jaxent, name)(*both, **options, reduction=reduction, **axes))
+
+
+def mapped(name, sources, check_vma=True):
+    return jax.shard_map(
+        functools.partial(loss, name, sources, "mean", class_axis_name="classes", batch_axis_name="rows"),
+        mesh=AUTO,
+        in_specs=(list(SPECS), P("rows"), P("classes")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+
+
+def hessian_vector_product(f):
+    def g(layers, *rest):
+        directions = [jnp.cos(x) for x in layers]
+        return jax.jvp(jax.grad(lambda x: f(x, *rest)), (layers,), (directions,))[1]
+
+    return g
+
+
+@functools.cache
+def expected(name, reduction, second):
+    f = functools.partial(loss, name, ("dense", "dense"), reduction)
+    return compiled(hessian_vector_product(f) if second else jax.value_and_grad(f))(*arrays())
+
+
+def check(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "sources"), [(NAMES[0], SOURCES[0]), (NAMES[1], SOURCES[3])])
+def test_second_derivatives(name, sources):
+    got = compiled(hessian_vector_product(mapped(name, sources)))(*arrays())
+    check(got, expected(name, "mean", True))
+
+
+@pytest.mark.parametrize(("name", "sources"), [(NAMES[0], SOURCES[0]), (NAMES[1], SOURCES[3])])
+def test_without_check_vma(name, sources):
+    got = compiled(jax.value_and_grad(mapped(name, sources, check_vma=False)))(*arrays())
+    check(got, expected(name, "mean", False))
+
+
+@names
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("kind", "sources"), [("auto", SOURCES[0]), *(("explicit", s) for s in SOURCES)])
+def test_jit(name, reduction, kind, sources):
+    """With no keyword."""
+    mesh = jax.make_mesh((2, 4), ("rows", "classes")) if kind == "explicit" else AUTO
+    specs = list(SPECS), P("rows"), P("classes")
+    split = jax.device_put(arrays(), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    f = compiled(jax.value_and_grad(functools.partial(loss, name, sources, reduction)))
+    program = f.lower(*split).compile()
+    check(program(*split), expected(name, reduction, False))
+    found = collectives(program)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert kind == "auto" or not any(c.in_loop for c in found)
+
+
+@pytest.mark.parametrize(("frozen", "matmuls"), [(False, 12), (True, 10)])
+def test_matmuls(frozen, matmuls):
+    """Three sums and the gradient make the logits anew; nothing is differentiated that is not asked for."""
+
+    def f(hidden, kernel, target_hidden, target_kernel):
+        if frozen:
+            target_hidden, target_kernel = lax.stop_gradient((target_hidden, target_kernel))
+        both = (hidden, kernel), (target_hidden, target_kernel)
+        both = [jaxent.LinearLogits(*layer, block_bytes=3000) for layer in both]  # three blocks
+        axes = {"class_axis_name": "classes", "batch_axis_name": "rows"}
+        return jaxent.softmax_kl_divergence(*both, reduction="mean", **axes)
+
+    f = jax.shard_map(f, mesh=AUTO, in_specs=SPECS, out_specs=P())
+    program = jax.jit(jax.value_and_grad(f, range(4))).lower(*arrays()[0]).compile()
+    assert matmul_operations(program) / (2 * N * D * V / 8) == matmuls
