@@ -1,5 +1,6 @@
 """README.md does what it says: its Python blocks run, each on its own, and print the text that follows."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,9 +20,12 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize(("code", "expected"), BLOCKS, ids=lambda text: text.strip().split("\n")[-1][:40])
 def test_block(code, expected):
-    # a process each: what a reader who pastes it gets
+    # a process each: what a reader who pastes it gets, with no flags of conftest.py
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=README.parent, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     if expected:
         assert done.stdout.split() == expected.split()
