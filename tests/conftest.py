@@ -1,7 +1,20 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and how programs are compiled where a test does not ask for more."""
+
+import gc
+import os
 
 import jax
 import pytest
+
+# Most programs run once, on a few numbers: nearly all of their time goes into compiling them. Where a test is about
+# what a user's program computes, takes or holds, it says so: harness.FULL, harness.HLO.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # later ones may not know it, and XLA ends where it does not know a flag
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+# tracing makes many objects that stay: a fifth of its time went into looking at them
+gc.set_threshold(50_000)
 
 
 @pytest.fixture

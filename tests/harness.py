@@ -19,6 +19,9 @@ from jaxent._logits.plan import Plan
 
 # What LLVM makes of a program is seldom the question, and takes a third of the time that compiling takes.
 QUICK = {"xla_backend_optimization_level": 0}
+# conftest.py compiles quickly; the same HLO as a user has; and the same program, what LLVM makes of it included
+HLO = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+FULL = HLO | {"xla_backend_optimization_level": 3, "xla_cpu_parallel_codegen_split_count": 32}
 LINEAR = ("rows", "classes")  # logits as a layer that is never built, in blocks of these; or "dense"
 ARRAYS = ("where", "weights", "class_weights", "class_mask")
 # significant bits, exponent of the smallest normal number
@@ -87,12 +90,15 @@ def call(loss: str, source: str, inputs: list[Any], options: dict[str, Any]) -> 
 
 
 @functools.cache  # compiled once for all inputs of a shape
-def compiled_value(loss: str, rest: tuple[tuple[str, Any], ...], source: str) -> Any:
-    return jax.jit(lambda inputs, arrays: call(loss, source, inputs, arrays | dict(rest)))
+def compiled_value(loss: str, rest: tuple[tuple[str, Any], ...], source: str, quick: bool) -> Any:
+    def f(inputs, arrays):
+        return call(loss, source, inputs, arrays | dict(rest))
+
+    return jax.jit(f, compiler_options=QUICK if quick else FULL)
 
 
 @functools.cache
-def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str, quick: bool = False) -> Any:
+def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str, quick: bool) -> Any:
     def f(inputs, arrays, cotangent):
         moving = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
@@ -105,14 +111,21 @@ def compiled_gradients(loss: str, rest: tuple[tuple[str, Any], ...], source: str
         out, vjp = jax.vjp(of_moving, [inputs[i] for i in moving])
         return out, vjp(cotangent.astype(out.dtype))[0]
 
-    return jax.jit(f, compiler_options=QUICK if quick else None)
+    return jax.jit(f, compiler_options=QUICK if quick else FULL)
 
 
-def value(loss: str, *inputs: Any, dtype: str = "float32", source: str = "dense", **options: Any) -> Any:
+def value(
+    loss: str,
+    *inputs: Any,
+    dtype: str = "float32",
+    source: str = "dense",
+    quick: bool = False,
+    **options: Any,
+) -> Any:
     """The compiled loss (or statistics) of logits and labels given in float64, computed in `dtype`."""
     with jax.enable_x64(dtype == "float64"), blocks(source):
         arrays, rest = split(options)
-        f = compiled_value(loss, tuple(rest.items()), source)
+        f = compiled_value(loss, tuple(rest.items()), source, quick)
         return jax.tree.map(np.asarray, f([cast(x, dtype) for x in inputs], weights_in(arrays, dtype)))
 
 

@@ -15,8 +15,6 @@ FILES = sorted(FOLDER.glob("test_*.py"))
 def test_eight_devices(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    # programs that run once: most of the time goes into compiling them
-    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(
         command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, timeout=600

@@ -9,7 +9,7 @@ import cases
 import harness
 import jaxent
 import oracle
-from test_values import LOSSES, MEASURES, TINY
+from test_values import LOSSES, MEASURES, TINY, quick
 
 FLUSHED = 4 * TINY  # a gradient below TINY, times its cotangent
 
@@ -20,9 +20,8 @@ ELEMENTWISE = cases.PLAIN + cases.CONFIDENT
 def both(case, dtype):
     """Gradients by the logits (and a distribution), from jaxent and from the oracle."""
     built, cotangent, want = wanted(case, dtype)
-    got = harness.gradients(
-        case.loss, built.logits, built.labels, cotangent=cotangent, dtype=dtype, **built.options
-    )
+    options = built.options | {"dtype": dtype, "quick": quick(dtype)}
+    got = harness.gradients(case.loss, built.logits, built.labels, cotangent=cotangent, **options)
     assert all(x.dtype == cases.NUMPY_DTYPES[dtype] for x in got)
     return built, got, want
 
@@ -117,7 +116,8 @@ def check_statistics(dtype, source):
 
         z, y = harness.cast(built.logits, dtype), jnp.asarray(built.labels)
         ct = harness.cotangent_of((4, 12))
-        pull = jax.jit(lambda z, y, ct: jax.vjp(lambda z: f(z, y), z)[1](ct)[0])
+        compiler = harness.QUICK if quick(dtype, source) else harness.FULL
+        pull = jax.jit(lambda z, y, ct: jax.vjp(lambda z: f(z, y), z)[1](ct)[0], compiler_options=compiler)
         pulled = {name: np.where(np.arange(4)[:, None] == i, ct, 0) for i, name in enumerate(names)} | {
             "all": ct
         }
@@ -144,7 +144,8 @@ def check_divergences(name, dtype, source):
     ct = harness.cotangent_of(z.shape[:1])
     options = {"class_mask": np.arange(12) != 3, "where": np.arange(60) % 5 != 2}
     options["temperature"] = 2.0
-    got = harness.gradients(name, z, t, cotangent=ct, dtype=dtype, source=source, **options)
+    how = {"dtype": dtype, "source": source, "quick": quick(dtype, source)}
+    got = harness.gradients(name, z, t, cotangent=ct, **how, **options)
     want = MEASURES[name](z, t, cotangent=ct, **options)
     eps = 2e-15 if dtype == "float64" else 3e-7
     for g, w in zip(got, want, strict=True):
@@ -173,7 +174,8 @@ def check_entropy(dtype, source):
     for case in (cases.Case("ordinary", (30,), 9), cases.Case("confident", (30,), 300, scale=1, gap=60)):
         z = case.build(dtype).logits
         ct = harness.cotangent_of((30,))
-        (got,) = harness.gradients("softmax_entropy", z, cotangent=ct, dtype=dtype, source=source)
+        options = {"dtype": dtype, "source": source, "quick": quick(dtype, source)}
+        (got,) = harness.gradients("softmax_entropy", z, cotangent=ct, **options)
         want = oracle.softmax_entropy(z, cotangent=ct).logits
         harness.assert_within(got, want, (1e-14 if dtype == "float64" else 4e-6) * row_size(want, -1))
 
@@ -184,7 +186,7 @@ def test_gradient_by_weights():
     weights = built.options["weights"]
     z, y = harness.cast(built.logits, "float32"), jnp.asarray(built.labels)
     f = jax.grad(lambda w: jaxent.softmax_cross_entropy(z, y, weights=w, reduction="mean"))
-    got = jax.jit(f)(harness.cast(weights, "float32"))
+    got = jax.jit(f, compiler_options=harness.FULL)(harness.cast(weights, "float32"))
     rows = oracle.softmax_cross_entropy(built.logits, built.labels)
     want = np.where(weights != 0, (rows - oracle.mean(rows, weights=weights)) / weights.sum(), 0)
     harness.assert_within(got, want, 2e-6 * np.abs(want).max())
@@ -194,7 +196,7 @@ def test_labels_of_another_dtype_get_their_gradient_in_it():
     built = cases.Case("mixed", (5,), 6, labels="distribution").build("bfloat16")
     z, q = harness.cast(built.logits, "bfloat16"), harness.cast(built.labels, "float32")
     f = jax.grad(lambda z, q: jaxent.softmax_cross_entropy(z, q, reduction="sum"), (0, 1))
-    dz, dq = jax.jit(f)(z, q)
+    dz, dq = jax.jit(f, compiler_options=harness.FULL)(z, q)
     assert dz.dtype == jnp.bfloat16 and dq.dtype == jnp.float32
     want = oracle.softmax_cross_entropy(built.logits, built.labels, cotangent=np.ones(5))
     harness.assert_within(dq, want.labels, 1e-6 * np.abs(want.labels))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxent
+from harness import HLO
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan, plan
 from programs import avals, matmul_operations
@@ -51,7 +52,7 @@ def mixing(hidden, kernel, bias, label):
 
 def compiled(f, *arguments):
     anew = lambda *x: f(*x)  # noqa: E731  (jax would take the trace it has, of another plan)
-    return jax.jit(anew).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile()
+    return jax.jit(anew).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile(HLO)
 
 
 def matmuls(f, *arguments):
@@ -120,9 +121,9 @@ def test_what_is_frozen_costs_nothing(force):
 
 def test_operations_are_counted():
     f = jax.value_and_grad(lambda h, k: jnp.sum(jnp.tanh(h @ k)), (0, 1))
-    assert matmul_operations(jax.jit(f).lower(HIDDEN, KERNEL).compile()) == 3 * MATMUL
+    assert matmul_operations(jax.jit(f).lower(HIDDEN, KERNEL).compile(HLO)) == 3 * MATMUL
     looped = jax.jit(lambda h, k: jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ k @ k.T), h))
-    assert matmul_operations(looped.lower(HIDDEN, KERNEL).compile()) == 14 * MATMUL
+    assert matmul_operations(looped.lower(HIDDEN, KERNEL).compile(HLO)) == 14 * MATMUL
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import checkify
 
 import oracle_elementwise as oracle
-from harness import assert_within, cotangent_of, spacing
+from harness import FULL, assert_within, cotangent_of, spacing
 from jaxent import sigmoid_asymmetric_loss, sigmoid_cross_entropy, sigmoid_focal_loss
 
 LOSSES = [sigmoid_cross_entropy, sigmoid_focal_loss, sigmoid_asymmetric_loss]
@@ -62,7 +62,7 @@ def compiled(form):
         out, vjp = jax.vjp(functools.partial(loss, **options), z, y)
         return out, *vjp(g)
 
-    return jax.jit(f)
+    return jax.jit(f, compiler_options=FULL)
 
 
 def numbers(dtype, reach=80.0):
@@ -128,7 +128,8 @@ def test_label_gradient_of_cross_entropy_is_the_logit():
 
 def test_confident_elements_keep_their_digits():
     z = jnp.array([17.0, 40.0, 70.0])
-    out, d = jax.jit(jax.value_and_grad(lambda z: sigmoid_cross_entropy(z, jnp.ones(3)).sum()))(z)
+    f = jax.value_and_grad(lambda z: sigmoid_cross_entropy(z, jnp.ones(3)).sum())
+    out, d = jax.jit(f, compiler_options=FULL)(z)
     assert out > 4e-8
     np.testing.assert_allclose(d, -np.exp(-np.float64(z)), rtol=2e-6)
 
@@ -140,7 +141,7 @@ def test_symmetry_bit_for_bit(loss):
     )
     z = jnp.asarray(numbers(np.float32)[0])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FULL)
     def both(z, y):
         out, vjp = jax.vjp(lambda z: loss(z, y, **options), z)
         return out, vjp(jnp.ones_like(out))[0]
@@ -175,7 +176,7 @@ def test_infinite_logits(loss):
     inf = np.inf
     z, y = np.float32([inf, inf, inf, -inf, -inf, -inf]), np.float32([1, 0, 0.5, 0, 1, 0.5])
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=FULL)
     def everything(smoothing, w, z, y):
         f = functools.partial(loss, pos_weight=w, label_smoothing=smoothing)
         out, vjp = jax.vjp(f, z, y)
@@ -196,7 +197,7 @@ def test_infinite_logits(loss):
 def test_finite_extremes(loss):
     z = jnp.float32([3.4e38, -3.4e38, 1e30, -1e30, 1e-45])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FULL)
     def f(y):
         out, vjp = jax.vjp(loss, z, y)
         return out, vjp(jnp.ones(5))
@@ -348,7 +349,7 @@ def test_second_derivatives(form, x64):
 @losses
 def test_second_derivatives_of_confident_elements(loss):
     z = jnp.float32([-85, -50, -30, 30, 50, 85])
-    hessian = jax.jit(jax.vmap(jax.hessian(loss), (0, None)))
+    hessian = jax.jit(jax.vmap(jax.hessian(loss), (0, None)), compiler_options=FULL)
     for y in (0.0, 1.0):
         d = hessian(z, y)
         assert np.isfinite(d).all()
