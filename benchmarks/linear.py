@@ -335,10 +335,11 @@ def plan_of(problem: Problem) -> str:
     try:
         from jaxent._logits import sources
 
-        plan = sources._plan(jaxent.LinearLogits(problem.hidden, problem.kernel))
+        cut = sources.cut(jaxent.LinearLogits(problem.hidden, problem.kernel), masked=False)
         n, v = problem.hidden.shape[0], problem.kernel.shape[1]
-        blocks = -(-n // plan.rows) * -(-v // plan.classes)
-        return f"{blocks} block{'s' * (blocks > 1)} of {plan.rows} rows x {plan.classes} classes"
+        rows = n if cut.size is None else cut.size
+        blocks = -(-n // rows) * -(-v // cut.width)
+        return f"{blocks} block{'s' * (blocks > 1)} of {rows} rows x {cut.width} classes"
     except Exception:
         return "unknown"
 

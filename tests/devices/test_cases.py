@@ -153,11 +153,11 @@ def test_divergences(name, source, monkeypatch):
         z, _, options = pad_all(z, np.zeros(len(z), int), options, source)
         return [z, pad_all(t, np.zeros(len(t), int), {}, source)[0]], options
 
-    def value(name, z, t, *, dtype, source, **options):
+    def value(name, z, t, *, dtype, source, quick=False, **options):
         inputs, options = padded(z, t, options)
         return cut(on_mesh(name, inputs, options, harness_source), (len(z),))
 
-    def gradients(name, z, t, *, cotangent, dtype, source, **options):
+    def gradients(name, z, t, *, cotangent, dtype, source, quick=False, **options):
         inputs, options = padded(z, t, options)
         found = on_mesh(name, inputs, options, harness_source, pad(cotangent, 0, 3.0))[1]
         return [cut(x, z.shape) for x in found]
