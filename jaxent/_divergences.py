@@ -126,6 +126,7 @@ def softmax_kl_divergence(
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
+      With a split class axis a layer is multiplied three times, once more for gradients.
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
@@ -198,6 +199,7 @@ def softmax_js_divergence(
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
+      With a split class axis a layer is multiplied three times, once more for gradients.
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
