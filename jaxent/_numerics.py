@@ -40,9 +40,8 @@ def exp_difference(z: Array, m: Array) -> Array:
     """
     reach = 800 if z.dtype == jnp.float64 else 128
     least = m - (reach + jnp.abs(m) * 2.0**-20)
-    z = jnp.where(
-        z < least, least, z
-    )  # jax 0.12 cannot differentiate the maximum of arrays that are split unlike
+    # not a maximum, which jax 0.12 cannot differentiate where its operands are split unlike
+    z = jnp.where(z < least, least, z)
     d = z - m
     e = jnp.exp(d)
     return e + e * subtraction_error(z, m, d)

@@ -112,7 +112,8 @@ def _sum_of_rows(
 ) -> Array | None:
     """sum_n scale_n call(...)_n of linear logits with all classes in one place, without the statistics of all rows.
 
-    None unless that is right and best. `scale` makes the factors of rows in the dtype of the losses.
+    None unless that is right and, with all rows in one place, best. `scale` makes the factors of rows in the dtype of
+    the losses.
     """
     rows, split = block.logits.shape[:-1], split_of(block.logits)
     if not rows or 0 in rows or not names or (split is not None and split.classes is not None):
@@ -126,7 +127,8 @@ def _sum_of_rows(
     statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics)
     arguments = varying_like(inputs, (statistics, own, of_all))
     everything = jax.make_jaxpr(call_of_all)(*arguments)
-    is_of_row = [tree is not of_all for tree in arguments for _ in jax.tree.leaves(tree)]
+    *per_row, shared = [len(jax.tree.leaves(tree)) for tree in arguments]
+    is_of_row = [True] * sum(per_row) + [False] * shared
     try:
         with_tangents, moves = derivative(call_of_all, arguments)
     except Exception:

@@ -110,6 +110,18 @@ def test_rows_by_themselves_go_by_blocks(name):
     assert "_summed" in str(jax.make_jaxpr(loss)(hidden))
 
 
+@pytest.mark.parametrize("shared", [0.3, np.arange(3.0)], ids=["number", "table"])
+def test_arguments_without_rows_go_by_blocks(shared):
+    (hidden, kernel, x, _), label = problem((N,))
+
+    def loss(hidden):
+        logits = jaxent.LinearLogits(hidden, kernel, block_bytes=2 * 4 * V * 4)
+        fn = lambda s, x, shared: s.log_prob * x[:, 0, 0] * jnp.sum(shared)  # noqa: E731
+        return jaxent.softmax_loss(fn, logits, label, x, shared)
+
+    assert "_summed" in str(jax.make_jaxpr(loss)(hidden))
+
+
 def test_nothing_leaks():
     (hidden, kernel, _, p), label = problem((N,))
 

@@ -187,7 +187,8 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
         integers = {}
         if "prediction" in names:
             larger = ~(part.max <= whole.max) & ~jnp.isnan(whole.max)  # a NaN is the largest, as in argmax
-            first = larger | ((part.max == whole.max) & (here["prediction"] < before["prediction"]))
+            tied = (part.max == whole.max) | (jnp.isnan(part.max) & jnp.isnan(whole.max))
+            first = larger | (tied & (here["prediction"] < before["prediction"]))
             integers["prediction"] = jnp.where(first, here["prediction"], before["prediction"])
         if "rank" in names:
             integers["rank"] = before["rank"] + here["rank"]

@@ -56,11 +56,8 @@ class Split(NamedTuple):
 
     def on_each_device(self, f: Callable[..., Any], specs: Any, arguments: Any, out_specs: Any) -> Any:
         """`f` of the part that each device has; what is split otherwise is moved first."""
-        explicit = {
-            name
-            for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-            if kind == AxisType.Explicit
-        }
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        explicit = {name for name, kind in types if kind == AxisType.Explicit}
         local = jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=explicit)
 
         def move(x: Any, spec: P) -> Any:
@@ -70,7 +67,7 @@ class Split(NamedTuple):
 
 
 def split_of(*layers: LinearLogits) -> Split | None:
-    """How rows and classes of layers are split; None where no mesh says so.
+    """How rows and classes of layers are split; None where no mesh says so. The first layer that is split decides.
 
     Where features, or classes beside the rows, are split over an axis, as in fully sharded data parallel training, the
     device gathers them.
@@ -79,12 +76,12 @@ def split_of(*layers: LinearLogits) -> Split | None:
     meshes = [t.sharding.mesh for t in types if AxisType.Explicit in t.sharding.mesh.axis_types]
     if not meshes:
         return None
-    rows = tuple(jax.typeof(layers[0].hidden).sharding.spec)[:-1]
+    of_rows = [tuple(jax.typeof(layer.hidden).sharding.spec)[:-1] for layer in layers]
+    rows = next(filter(any, of_rows), of_rows[0])
     taken = {name for entry in rows for name in _names(entry)}
-    classes = tuple(
-        name for name in _names(jax.typeof(layers[0].kernel).sharding.spec[-1]) if name not in taken
-    )
-    return Split(meshes[0], rows, classes or None)
+    of_classes = [_names(jax.typeof(layer.kernel).sharding.spec[-1]) for layer in layers]
+    free = [tuple(name for name in names if name not in taken) for names in of_classes]
+    return Split(meshes[0], rows, next(filter(any, free), None))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

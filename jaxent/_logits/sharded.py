@@ -68,7 +68,10 @@ def statistics(
         z_y = lax.pmax(of_label(block), axis_name)
     partial, found = _local(names, block, counts, z_y, layout, width)
     m = lax.pmax(lax.stop_gradient(partial.max), axis_name)
-    found = {name: _whole_integer(name, x, partial.max == m, first, axis_name) for name, x in found.items()}
+    # a NaN is the largest, as in argmax; over devices a maximum may lose it
+    top = jnp.where(jnp.isnan(partial.max), jnp.inf, partial.max)
+    holds = top == lax.pmax(lax.stop_gradient(top), axis_name) if "prediction" in names else None
+    found = {name: _whole_integer(name, x, holds, first, axis_name) for name, x in found.items()}
     if "rank" in names:
         found["rank"] = jnp.where(bad, here * lax.axis_size(axis_name), found["rank"])
     ok = jnp.isfinite(m) if bad is None else jnp.isfinite(m) & ~bad
@@ -80,7 +83,7 @@ def _label_logit(block: Block) -> Array:
     return select_label(lax.stop_gradient(block.wide_logits()), block.hit())
 
 
-def _whole_integer(name: str, x: Array, holds: Array, first: Array, axis_name: AxisName) -> Array:
+def _whole_integer(name: str, x: Array, holds: Array | None, first: Array, axis_name: AxisName) -> Array:
     if name == "rank":
         return lax.psum(x, axis_name)
     return lax.pmin(jnp.where(holds, x + first, jnp.iinfo(jnp.int32).max), axis_name)

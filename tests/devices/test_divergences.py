@@ -115,3 +115,18 @@ def test_matmuls(frozen, matmuls):
     f = jax.shard_map(f, mesh=AUTO, in_specs=SPECS, out_specs=P())
     program = jax.jit(jax.value_and_grad(f, range(4))).lower(*arrays()[0]).compile()
     assert matmul_operations(program) / (2 * N * D * V / 8) == matmuls
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 0, 1)])
+def test_a_layer_in_one_place_beside_one_that_is_split(order):
+    """The first that is split decides for both, so its kernel is not gathered, whichever it is."""
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"))
+    layers, where, class_mask = arrays()
+    specs = [SPECS[0], SPECS[1], P(), P()]
+    split = [jax.device_put(layers[i], NamedSharding(mesh, specs[i])) for i in order]
+    rest = [jax.device_put(x, NamedSharding(mesh, P())) for x in (where, class_mask)]
+    f = compiled(functools.partial(loss, NAMES[0], ("linear", "linear"), "mean"))
+    program = f.lower(split, *rest).compile()
+    assert {c.kind for c in collectives(program)} == {"all-reduce"}
+    want = compiled(functools.partial(loss, NAMES[0], ("dense", "dense"), "mean"))
+    check(program(split, *rest), want([layers[i] for i in order], where, class_mask))

@@ -110,3 +110,33 @@ def test_splits(kind, split, reduction, source):
     assert {c.kind for c in sent} == {"all-reduce"}
     if kind == "explicit":
         assert not any(c.in_loop for c in sent)
+
+
+@pytest.mark.parametrize("mapped", ["rows", None])
+def test_vmap(kind, mapped, source):
+    """Over an axis that is split or not; jax refuses a shard_map under a vmap that has taken an axis of its mesh."""
+    rng = np.random.default_rng(7)
+    hidden, kernel = (
+        rng.normal(size=(4, 16, D)).astype(np.float32),
+        rng.normal(size=(D, V)).astype(np.float32),
+    )
+    label = rng.integers(V, size=16)
+
+    def f(hidden, kernel, label):
+        def loss(hidden):
+            logits = hidden @ kernel if source == "dense" else jaxent.LinearLogits(hidden, kernel)
+            return jaxent.softmax_cross_entropy(logits, label, reduction="mean")
+
+        return jnp.sum(jax.vmap(loss)(hidden) * jnp.arange(4.0))
+
+    specs = P(mapped), P(None, "classes"), P()
+    shardings = [NamedSharding(MESHES[kind](), spec) for spec in specs]
+    arguments = jax.device_put((hidden, kernel, label), tuple(shardings))
+    run = jax.jit(jax.value_and_grad(f, (0, 1)), compiler_options=harness.QUICK)
+    if kind == "explicit" and mapped and source != "dense":
+        with pytest.raises(ValueError, match="axis_names"):
+            run(*arguments)
+        return
+    got, want = run(*arguments), run(hidden, kernel, label)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -306,3 +306,16 @@ def test_the_mean_of_all_rows():
         losses, where
     )
     np.testing.assert_allclose(got, losses[where].mean(), rtol=1e-6)
+
+
+def test_the_prediction_of_a_row_with_nan():
+    """A NaN counts as the largest, the first of several; also where another device's logits are larger."""
+    z = np.zeros((3, V), np.float32)
+    z[:, 40] = 9
+    z[1, [14, 20]] = z[2, [30, 47]] = np.nan
+
+    def prediction(z):
+        return jaxent.softmax_statistics(z, names=["prediction"], class_axis_name="classes").prediction
+
+    f = jax.shard_map(prediction, mesh=mesh(1, 4), in_specs=P(None, "classes"), out_specs=P())
+    assert jax.jit(f)(z).tolist() == [40, 14, 30] == jnp.argmax(z, -1).tolist()
