@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 FOLDER = Path(__file__).parent / "devices"
 FILES = sorted(FOLDER.glob("test_*.py"))
+if jax.__version_info__ >= (0, 11):  # the whole table once, on the oldest jax: it takes a minute
+    FILES.remove(FOLDER / "test_cases.py")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

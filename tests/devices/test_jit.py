@@ -94,8 +94,9 @@ def put(kind, split):
     return jax.device_put((layer, label, options), shardings)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("split", "reduction"), [*((split, "mean") for split in SPLITS), ("both", "none"), ("sequence", "none")]
+)
 def test_splits(kind, split, reduction, source):
     layer, label, options = put(kind, split)
     f = jax.jit(value_and_grad, static_argnums=(0, 4), compiler_options=harness.QUICK)
