@@ -109,9 +109,8 @@ def _finish(
         label_here = (block.label >= 0) & (block.label < block.logits.shape[-1])
         sums["c"] = jnp.where(label_here, partial.label_logit - m, 0)
         sums["others"] = moved(scale, partial.others)
-    if (
-        partial.others is None or "entropy" in names
-    ):  # small where a row is sure of any class, not just of its label
+    # the entropy is small where a row is sure of any class, not just of its label
+    if partial.others is None or "entropy" in names:
         holds = partial.max == m
         sums["rest"] = jnp.where(holds, partial.rest, moved(scale, 1 + partial.rest))
         sums["holders"] = holds.astype(m.dtype)
