@@ -4,8 +4,10 @@ Shapes, dtypes and options are checked at trace time, before any arithmetic. An 
 argument, what was expected, what came, and one remedy. The only module that imports chex.
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import chex
 import jax
@@ -14,8 +16,32 @@ import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
+from ._numerics import accumulation_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Number = float | Array  # an option: part of the program, or a value in it
+
 REDUCTIONS = ("none", "sum", "mean")
 LABELS_REMEDY = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
+
+
+def takes_arrays(function: Function) -> Function:
+    """`function` of what is an array by protocol, too: `__jax_array__`, which a flax nnx `Param` has."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = as_arrays((args, kwargs))
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+def as_arrays(tree: Any) -> Any:
+    def by_protocol(x: Any) -> bool:
+        return hasattr(x, "__jax_array__") and not isinstance(x, jax.Array)
+
+    return jax.tree.map(lambda x: x.__jax_array__() if by_protocol(x) else x, tree, is_leaf=by_protocol)
 
 
 def error(
@@ -98,18 +124,77 @@ def check_option(function: str, argument: str, value: Any, ok: bool, expected: s
         fail(ValueError, function, argument, expected, repr(value), remedy)
 
 
-def check_number(function: str, argument: str, value: Any, low: float, high: float, remedy: str) -> None:
-    """A Python number in [low, high]; NaN is in no interval. Traced values are not options."""
-    if not isinstance(value, int | float | np.integer | np.floating):
-        fail(TypeError, function, argument, "a Python number", f"a {type(value).__name__}", remedy)
-    expected = f"a finite number >= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-    check_option(function, argument, value, low <= value <= high and math.isfinite(value), expected, remedy)
+def check_number(
+    function: str, argument: str, value: Any, low: float, high: float, remedy: str, *, above: bool = False
+) -> None:
+    """A Python number in [low, high], or (low, high] if it must be `above`; NaN is in no interval."""
+    if not is_number(value):
+        fail(TypeError, function, argument, "a Python number", what_came(value), remedy)
+    expected = f"a finite number {'>' if above else '>='} {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+    ok = (low < value if above else low <= value) and value <= high and math.isfinite(value)
+    check_option(function, argument, value, bool(ok), expected, remedy)
+
+
+def number(
+    function: str,
+    argument: str,
+    value: Any,
+    low: float,
+    high: float,
+    remedy: str,
+    *,
+    above: bool = False,
+    shape: tuple[int, ...] = (),
+) -> Number:
+    """An option as a Python float, or as an array `[]` (or of `shape`) whose values may be known at run time only.
+
+    A Python number is checked, and part of the program. An array is a value: it is NaN, and so are the losses, where it
+    is out of range.
+    """
+    if is_number(value):
+        check_number(function, argument, value, low, high, remedy, above=above)
+        return float(value)  # a numpy float64 would widen float32 under x64
+    if not isinstance(value, jax.Array | np.ndarray) or not (is_floating(value) or is_integer(value)):
+        fail(TypeError, function, argument, "a real number or an array of one", what_came(value), remedy)
+    if not has_shape(value, ()) and not (shape and has_shape(value, shape)):
+        expected = "of shape []" + (f" or {list(shape)}" if shape else "")
+        fail(ValueError, function, argument, expected, describe(value), remedy)
+    value = jnp.asarray(value)
+    value = value.astype(accumulation_dtype(value.dtype))
+    ok = (low < value if above else low <= value) & (value <= high) & jnp.isfinite(value)
+    return jnp.where(ok, value, jnp.nan)
+
+
+def is_number(value: Any) -> bool:
+    """Known when traced: a Python number, or numpy's."""
+    return isinstance(value, int | float | np.integer | np.floating)
+
+
+def what_came(value: Any) -> str:
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    return describe(value) if is_array else f"a {type(value).__name__}"
 
 
 def check_reduction(function: str, reduction: Any) -> None:
     ok = reduction in REDUCTIONS
     remedy = "'none' gives one loss per row."
     check_option(function, "reduction", reduction, ok, "'none', 'sum' or 'mean'", remedy)
+
+
+def check_axis_names(function: str, class_axis_name: Any, batch_axis_name: Any) -> None:
+    """Rows cannot be split over a mapped axis that splits their classes: each device would add up other rows' classes."""
+
+    def names(axis_name: Any) -> set[Any]:
+        return set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name} - {None}
+
+    shared = names(class_axis_name) & names(batch_axis_name)
+    if shared:
+        remedy = (
+            "A row has all its classes along `class_axis_name`, and every device along it the same rows. Gather one side "
+            "first: the rows (`jax.lax.all_gather` of what they are made from), or the classes and no `class_axis_name`."
+        )
+        got = f"{batch_axis_name!r}, beside class_axis_name={class_axis_name!r}"
+        fail(ValueError, function, "batch_axis_name", "another axis than `class_axis_name`", got, remedy)
 
 
 def check_logits(function: str, logits: Any, axis: int = -1, argument: str = "logits") -> None:

@@ -4,7 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 class Spread(NamedTuple):
@@ -35,3 +38,28 @@ def _devices_of_jit(mesh: Any) -> int:
     """What shard_map and pmap have split is split for good."""
     types = zip(mesh.shape.values(), mesh.axis_types, strict=True)
     return math.prod(size for size, kind in types if kind != AxisType.Manual)
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Whether types say how arrays are split."""
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def split_as(sharding: Any, axes: slice, x: Any) -> Any:
+    """`x`, whose first axes are those `axes` of logits, split as these are on an explicit mesh.
+
+    Elsewhere (`sharding` is None) `x` itself. Its derivative comes back in the split that `x` had.
+    """
+    if x is None or sharding is None or jax.typeof(x).sharding.mesh.empty:
+        return x
+    first, own = tuple(sharding.spec)[axes], tuple(jax.typeof(x).sharding.spec)
+    spec = (*first, *own[len(first) :])
+    return x if spec == own else jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*spec)))
+
+
+def lanes(x: Array, dtype: Any = jnp.int32) -> Array:
+    """0, 1, ... along the last axis of `x`, of its rank: `[1, ..., 1, V]`."""
+    return jax.lax.broadcasted_iota(dtype, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+
+
+ROWS, CLASSES, ALL = slice(0, -1), slice(-1, None), slice(None)  # axes of logits [..., V]

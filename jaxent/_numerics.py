@@ -16,6 +16,16 @@ def widen(x: Array) -> Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
+def as_dtype(option: float | Array, dtype: DTypeLike) -> float | Array:
+    """A Python float takes any dtype; an array has to be told."""
+    return option if isinstance(option, float) else option.astype(dtype)
+
+
+def over_rows(x: Array, ndim: int) -> Array:
+    """`[V]` as `[1, ..., 1, V]`: jax may be told not to promote ranks."""
+    return x if x.ndim in (0, ndim) else jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
+
+
 def lowest(dtype: DTypeLike) -> Array:
     """The most negative finite number."""
     return jnp.asarray(jnp.finfo(dtype).min, dtype)

@@ -13,12 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from . import _contracts as contracts
 from ._derivatives import varying_axes, varying_like
+from ._devices import ALL, CLASSES, ROWS, split_as
 from ._logits import sources
 from ._logits.explicit import split_of
 from ._logits.linear import LinearLogits, check_linear
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
-from ._reduction import keep, reduce, row_weights, scale_of_rows
+from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
 from ._statistics import Block, SoftmaxStatistics, take_class
 from ._tracing import derivative, example, hoist, is_same_function, takes_rows_apart, used_statistics
 
@@ -229,8 +230,8 @@ def prepare(
         usable = has_index and isinstance(ignore_index, int | np.integer)
         expected = "an int beside integer labels"
         contracts.check_option(function, "ignore_index", ignore_index, usable, expected, remedy)
-    raw_weights = weights
-    counts, weights = row_weights(function, rows, where, weights)
+    mask = contracts.host_mask(where, weights)
+    where, weights = row_weights(function, rows, where, weights)
     what = "one per class"
     if class_weights is not None:
         contracts.check_real(function, "class_weights", class_weights)
@@ -243,18 +244,18 @@ def prepare(
 
     label = distribution = None
     if has_index:
-        mask = contracts.host_mask(where, raw_weights)
         if class_axis_name is not None:
             classes *= lax.axis_size(class_axis_name)
         labels, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
         if ignored is not None:
-            counts = both(counts, ~ignored)
+            where = both(where, ~ignored)
         ok = jnp.logical_and(labels >= 0, labels < classes)
         label = jnp.where(ok, labels, 0).astype(jnp.int32)
         if class_mask is not None:
             ok &= _in_force(class_mask, label, class_axis_name)
         label = jnp.where(ok, label, -1)
-        contracts.debug_check_labels(function, ok if counts is None else ok | ~counts, labels, classes)
+        seen = where if weights is None else both(where, weights != 0)
+        contracts.debug_check_labels(function, ok if seen is None else ok | ~seen, labels, classes)
     if isinstance(logits, LinearLogits):
         logits = jax.tree.map(jnp.asarray, logits)
     else:
@@ -266,7 +267,26 @@ def prepare(
             distribution = jnp.where(class_mask | (distribution == 0), distribution, jnp.nan)
     if class_weights is not None:
         class_weights = lax.stop_gradient(jnp.asarray(class_weights)).astype(dtype)
-    return Block(logits, label, distribution, class_weights, class_mask), counts, weights, rows
+    block = Block(logits, label, distribution, class_weights, class_mask)
+    counts = rows_that_count(where, weights, lambda: _has_answer(block, class_axis_name))
+    return block, counts, weights, rows
+
+
+def _has_answer(block: Block, class_axis_name: AxisName) -> Array:
+    """Rows whose statistics are no NaN, as far as can be seen without a matmul."""
+    if isinstance(block.logits, LinearLogits):
+        top = jnp.where(jnp.all(jnp.isfinite(block.logits.hidden), -1), 0, jnp.inf)
+        if block.class_mask is not None:
+            top = jnp.where(jnp.any(block.class_mask, -1), top, -jnp.inf)
+    else:
+        top = jnp.max(lax.stop_gradient(block.wide_logits()), -1)
+        top = jnp.where(jnp.isnan(top), jnp.inf, top)
+    if block.distribution is not None:
+        top = jnp.where(jnp.any(jnp.isnan(block.distribution), -1), jnp.inf, top)
+    if class_axis_name is not None:
+        top = lax.pmax(top, class_axis_name)
+    ok = jnp.isfinite(top)
+    return ok if block.label is None else ok & (block.label >= 0)
 
 
 def check_logits(function: str, logits: Array | LinearLogits, axis: int, argument: str = "logits") -> None:
@@ -284,13 +304,6 @@ def check_class_mask(function: str, class_mask: Any, shape: tuple[int, ...], cla
         remedy = "True keeps a class in the softmax; nothing is broadcast."
         what = f"or [{classes}], one per class"
         contracts.check_shape(function, "class_mask", class_mask, shape, what, remedy)
-
-
-def both(a: Array | None, b: Array | None) -> Array | None:
-    """a and b, where None is True everywhere."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
 
 
 def _in_force(class_mask: Array, label: Array, class_axis_name: AxisName) -> Array:

@@ -1,6 +1,7 @@
 """Which rows count, how much, and what is made of them: where, weights, the three reductions, the weighted mean."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ._numerics import accumulation_dtype, widen
 
 
 def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_of_rows: str = "logits"):
-    """(counts, weights): a bool array or None, a float array or None. A row of weight 0 does not count."""
+    """(where, weights), checked: a bool array or None, a float array or None."""
     what = f"one per row of `{argument_of_rows}`"
     if where is not None:
         contracts.check_mask(function, "where", where)
@@ -26,9 +27,19 @@ def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_
     remedy = "Weights are never broadcast: use `jnp.broadcast_to(weights, rows)` if you mean it."
     contracts.check_shape(function, "weights", weights, shape, what, remedy)
     weights = jnp.asarray(weights)
-    weights = weights.astype(accumulation_dtype(weights.dtype))
-    nonzero = weights != 0
-    return (nonzero if where is None else where & nonzero), weights
+    return where, weights.astype(accumulation_dtype(weights.dtype))
+
+
+def rows_that_count(where: Array | None, weights: Array | None, has_answer: Callable[[], Array]) -> Array | None:
+    """Rows of weight 0 count, as the derivative by the weight is their loss; but not without an answer (NaN, bad label)."""
+    return where if weights is None else both(where, (weights != 0) | has_answer())
+
+
+def both(a: Array | None, b: Array | None) -> Array | None:
+    """a and b, where None is True everywhere."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
 
 
 def keep(counts: Array | None, x: Array, other: float = 0) -> Array:
@@ -67,7 +78,8 @@ def reduce(
     losses = keep(counts, losses)
     if weights is not None:
         weights = keep(counts, weights.astype(losses.dtype))
-        losses = losses * weights
+        # what is not finite has no weight of 0; where it is, the derivative by the weight is the loss
+        losses = weights * jnp.where((weights == 0) & ~jnp.isfinite(losses), 0, losses)
     if reduction == "none":
         return losses
     total = _sum_over(batch_axis_name, jnp.sum(losses))
@@ -87,8 +99,10 @@ def scale_of_rows(
     batch_axis_name: Any = None,
 ) -> Array:
     """`[...]`: the factors with which `reduce` adds up losses, known before any of them."""
-    scale = jnp.ones(shape, dtype) if weights is None else weights.astype(dtype)
-    scale = keep(counts, scale)
+    if weights is not None:
+        scale = keep(counts, weights.astype(dtype))
+    else:
+        scale = jnp.ones(shape, dtype) if counts is None else counts.astype(dtype)
     if reduction == "sum":
         return scale
     weight = _total_weight(counts, weights, label_weight, shape, scale.dtype, batch_axis_name)
@@ -105,10 +119,13 @@ def _total_weight(
 ) -> Array:
     """What a mean divides by, over all devices along `batch_axis_name`."""
     factors = [x.astype(dtype) for x in (weights, label_weight) if x is not None]
-    if not factors and counts is None:
-        return _sum_over(batch_axis_name, jnp.asarray(math.prod(shape), dtype))
-    factor = math.prod(factors[1:], start=factors[0]) if factors else jnp.ones(shape, dtype)
-    return _sum_over(batch_axis_name, jnp.sum(keep(counts, factor)))
+    if factors:
+        total = jnp.sum(keep(counts, math.prod(factors[1:], start=factors[0])))
+    elif counts is not None:  # not of ones: an array made from a shape is not split as the rows are
+        total = jnp.sum(counts, dtype=dtype)
+    else:
+        total = jnp.asarray(math.prod(shape), dtype)
+    return _sum_over(batch_axis_name, total)
 
 
 def _sum_over(axis_name: Any, x: Array) -> Array:
@@ -121,6 +138,7 @@ def divide_or_zero(total: Array, weight: Array) -> Array:
     return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
 
 
+@contracts.takes_arrays
 def mean(
     losses: Array, *, where: Array | None = None, weights: Array | None = None, axis_name: Any = None
 ) -> Array:
@@ -129,9 +147,9 @@ def mean(
     It is the mean that `reduction="mean"` of every loss in jaxent uses.
 
     Args:
-      losses: `[...]`, floating point.
+      losses: `[...]`, floating point; or bools, of which it is the share (accuracy: `prediction == labels`).
       where: bool `[...]`; False rows are gone, even if they hold NaN. Default: all rows count.
-      weights: real `[...]`; a row of weight 0 is gone as well. Default: 1.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN. Default: 1.
       axis_name: of a mapped axis (shard_map, pmap, vmap) along which the rows are split: the mean is that of all.
 
     Returns:
@@ -139,7 +157,8 @@ def mean(
       weight of 0, or no rows.
 
     Gradients:
-      w / sum(w) with respect to the losses, exactly 0 where a row does not count; weights are differentiable.
+      w / sum(w) with respect to the losses, exactly 0 where a row does not count; (loss - mean) / sum(w) with respect
+      to the weights, also to one of 0 (0 where its loss is not finite).
 
     Numerics:
       Accumulates in float32: neither 70,000 float16 losses overflow nor a million bfloat16 ones stall.
@@ -161,9 +180,12 @@ def mean(
       The token-weighted mean of language model training (e.g. fairseq, MaxText); a mean of per-device means
       is not it when devices hold different counts.
     """
-    contracts.check_floating(
-        "mean", "losses", losses, "Losses are real numbers: `losses.astype(jnp.float32)`."
-    )
+    contracts.check_array("mean", "losses", losses)
+    if jnp.result_type(losses) == jnp.bool_:
+        losses = jnp.asarray(losses, jnp.float32)
+    remedy = "Losses are real numbers: `losses.astype(jnp.float32)`."
+    contracts.check_floating("mean", "losses", losses, remedy)
     losses = widen(jnp.asarray(losses))
-    counts, weights = row_weights("mean", losses.shape, where, weights, "losses")
+    where, weights = row_weights("mean", losses.shape, where, weights, "losses")
+    counts = rows_that_count(where, weights, lambda: jnp.isfinite(losses))
     return reduce(losses, counts, weights, "mean", batch_axis_name=axis_name)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .._devices import is_explicit
 from .._statistics import Block
 from .linear import LinearLogits
 
@@ -82,6 +83,15 @@ def split_of(*layers: LinearLogits) -> Split | None:
     of_classes = [_names(jax.typeof(layer.kernel).sharding.spec[-1]) for layer in layers]
     free = [tuple(name for name in names if name not in taken) for names in of_classes]
     return Split(meshes[0], rows, next(filter(any, free), None))
+
+
+def sharding_of(logits: Any) -> NamedSharding | None:
+    """How rows and classes of logits are split on an explicit mesh; None elsewhere."""
+    if isinstance(logits, LinearLogits):
+        split = split_of(logits)
+        return None if split is None else NamedSharding(split.mesh, P(*split.rows, split.classes))
+    found = jax.typeof(logits).sharding
+    return found if is_explicit(found) else None
 
 
 def _names(entry: Any) -> tuple[str, ...]:
