@@ -18,7 +18,8 @@ class Spread(NamedTuple):
 
     def groups(self, size: int) -> int:
         """Of an axis: whatever number of devices divides both divides this."""
-        return math.gcd(size, self.possible)
+        known = isinstance(size, int)  # not where a program is exported for any number of rows
+        return math.gcd(size, self.possible) if known else 1
 
 
 def spread(tree: Any) -> Spread:

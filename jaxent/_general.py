@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-from jax import Array
+from jax import Array, lax
 
 from . import _contracts as contracts
 from ._logits import sources
@@ -16,6 +15,7 @@ from ._statistics import SoftmaxStatistics
 from ._tracing import available_statistics
 
 
+@contracts.takes_arrays
 def softmax_loss(
     fn: Callable[..., Array],
     logits: Array | LinearLogits,
@@ -103,6 +103,7 @@ def softmax_loss(
     )
 
 
+@contracts.takes_arrays
 def softmax_statistics(
     logits: Array | LinearLogits,
     labels: Array | None = None,
@@ -166,6 +167,7 @@ def softmax_statistics(
     block, counts, _, _ = prepare(
         function, logits, labels, axis, where, None, None, None, class_mask, class_axis_name
     )
+    classes = block.logits.shape[-1] * (1 if class_axis_name is None else lax.axis_size(class_axis_name))
     available = available_statistics(block)
     if names is not None:
         known = isinstance(names, Sequence) and not isinstance(names, str) and set(names) <= set(available)
@@ -173,4 +175,6 @@ def softmax_statistics(
         contracts.check_option(function, "names", names, known, f"some of {available}", remedy)
     wanted = tuple(name for name in available if names is None or name in names)
     statistics = sources.statistics(wanted, block, counts, class_axis_name)
-    return jax.tree.map(lambda x: keep(counts, x), statistics)
+    hidden = {"prediction": -1, "rank": classes}  # neither is a hit
+    fields = {name: x for name, x in vars(statistics).items() if x is not None}
+    return SoftmaxStatistics(**{name: keep(counts, x, hidden.get(name, 0)) for name, x in fields.items()})

@@ -13,14 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from . import _contracts as contracts
 from ._derivatives import varying_axes, varying_like
-from ._devices import ALL, CLASSES, ROWS, split_as
+from ._devices import ALL, CLASSES, ROWS, lanes, split_as
 from ._logits import sources
-from ._logits.explicit import split_of
-from ._logits.linear import LinearLogits, check_linear
+from ._logits.explicit import sharding_of, split_of
+from ._logits.linear import LinearLogits, checked
 from ._logits.sharded import AxisName
-from ._numerics import accumulation_dtype
+from ._numerics import accumulation_dtype, over_rows
 from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
-from ._statistics import Block, SoftmaxStatistics, take_class
+from ._statistics import Block, SoftmaxStatistics, keep_rows, take_class
 from ._tracing import derivative, example, hoist, is_same_function, takes_rows_apart, used_statistics
 
 StatisticsFunction = Callable[..., Array]
@@ -41,13 +41,15 @@ def objective(
     reduction: str,
     class_axis_name: AxisName,
     batch_axis_name: AxisName,
+    all_of_the_label: bool = True,
 ) -> Array:
     """`fn(statistics, label_weight, *row_args)` of every row, reduced.
 
     `label_weight` is class_weights[label] where labels are integers, else 1. It belongs to the row: `fn` applies
-    it, the mean divides by it.
+    it, the mean divides by it. A loss that is `all_of_the_label` is a multiple of it: where it is 0 the row is hidden.
     """
     contracts.check_reduction(function, reduction)
+    contracts.check_axis_names(function, class_axis_name, batch_axis_name)
     block, counts, weights, rows = prepare(
         function,
         logits,
@@ -64,30 +66,42 @@ def objective(
     if block.class_weights is not None and block.label is not None:
         # the row of a bad label counts: its loss is NaN
         label_weight = _label_weight(block.class_weights, block.label, class_axis_name)
-        counts = both(counts, label_weight != 0)
+        counts = both(counts, label_weight != 0) if all_of_the_label else counts
         label_weight = keep(counts, label_weight, 1)
 
     names = used_statistics(function, fn, block, rows, row_args)
     of_rows, of_all, join = _split_arguments(row_args, rows)
-    own = (label_weight, of_rows)
+    sharding = sharding_of(block.logits)
+    of_rows = [split_as(sharding, ROWS, x) for x in of_rows]
+    own = (label_weight, of_rows, None if weights is None else weights == 0)
+    classes = block.logits.shape[-1] * (1 if class_axis_name is None else lax.axis_size(class_axis_name))
+    keep_rows = functools.partial(_keep_rows, classes)
 
     def call(shape: tuple[int, ...], statistics: SoftmaxStatistics, own: Any, of_all: Any) -> Array:
-        label_weight, of_rows = own
-        losses = fn(statistics, 1 if label_weight is None else label_weight, *join(of_rows, of_all))
-        return _check_losses(function, losses, shape)
+        def losses(statistics: SoftmaxStatistics, own: Any) -> Array:
+            label_weight, of_rows, _ = own
+            found = fn(statistics, 1 if label_weight is None else label_weight, *join(of_rows, of_all))
+            return _check_losses(function, found, shape)
+
+        found = losses(statistics, own)
+        weightless = own[-1]
+        if weightless is None:
+            return found
+        # what is not finite is gone with a weight of 0, and must not be differentiated
+        counts = ~weightless | jnp.isfinite(found)
+        return keep(counts, losses(*keep_rows(counts, (statistics, own))))
 
     if reduction != "none" and isinstance(block.logits, LinearLogits) and class_axis_name is None:
         scale = functools.partial(
             scale_of_rows, counts, weights, reduction, label_weight, rows, batch_axis_name=batch_axis_name
         )
-        total = _sum_of_rows(call, names, block, counts, scale, own, of_all)
+        total = _sum_of_rows(call, keep_rows, names, block, counts, scale, own, of_all)
         if total is not None:
             return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
 
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
     statistics = sources.statistics(names, block, counts, class_axis_name)
-    statistics, own = _keep_rows(counts, (statistics, own))
-    losses = call(rows, statistics, own, of_all)
+    losses = call(rows, *keep_rows(counts, (statistics, own)), of_all)
     return reduce(losses, counts, weights, reduction, label_weight, batch_axis_name)
 
 
@@ -104,6 +118,7 @@ def _label_weight(class_weights: Array, label: Array, class_axis_name: AxisName)
 
 def _sum_of_rows(
     call: Callable[..., Array],
+    keep_rows: Callable[..., Any],
     names: tuple[str, ...],
     block: Block,
     counts: Array | None,
@@ -138,15 +153,15 @@ def _sum_of_rows(
     if not takes_rows_apart(with_tangents, rows, is_of_row + tangents):
         return None
     if split is None:
-        return _sum_by_blocks(call, everything, names, block, counts, factors, own, of_all)
+        return _sum_by_blocks(call, keep_rows, everything, names, block, counts, factors, own, of_all)
     if any(isinstance(x, jax.Array) for x in everything.consts):
         return None  # what it closes over has a place on the mesh
 
     def on_device(block: Block, counts: Array | None, factors: Array, own: Any, of_all: Any) -> Array:
-        total = _sum_of_rows(call, names, block, counts, lambda _: factors, own, of_all)
+        total = _sum_of_rows(call, keep_rows, names, block, counts, lambda _: factors, own, of_all)
         if total is None:
-            statistics = _keep_rows(counts, sources.statistics(names, block, counts))
-            losses = call(factors.shape, statistics, _keep_rows(counts, own), of_all)
+            statistics = sources.statistics(names, block, counts)
+            losses = call(factors.shape, *keep_rows(counts, (statistics, own)), of_all)
             total = jnp.sum(factors * keep(counts, losses))
         return lax.psum(total, split.row_axes)
 
@@ -156,6 +171,7 @@ def _sum_of_rows(
 
 def _sum_by_blocks(
     call: Callable[..., Array],
+    keep_rows: Callable[..., Any],
     everything: ClosedJaxpr,
     names: tuple[str, ...],
     block: Block,
@@ -185,11 +201,13 @@ def _sum_by_blocks(
         return None  # a shard_map's jaxpr says of each array over which devices it differs
 
     def losses(statistics: Any, counts: Array | None, own: Any, shared: Any) -> Array:
-        statistics, own = layout.as_block(_keep_rows(counts, (statistics, own)))
+        statistics, own = layout.as_block(keep_rows(counts, (statistics, own)))
         return layout.from_block(call_of_block(shared[0], statistics, own, shared[1]), size)
 
     shared = (closed_over, of_all)
-    return sources.weighted_sum(losses, layout, size, names, block, counts, factors, own, shared)
+    weightless = own[-1]
+    needed = counts if weightless is None else both(counts, ~weightless)
+    return sources.weighted_sum(losses, layout, size, names, block, counts, needed, factors, own, shared)
 
 
 def _check_losses(function: str, losses: Any, shape: tuple[int, ...]) -> Array:
@@ -232,6 +250,12 @@ def prepare(
         contracts.check_option(function, "ignore_index", ignore_index, usable, expected, remedy)
     mask = contracts.host_mask(where, weights)
     where, weights = row_weights(function, rows, where, weights)
+    if isinstance(logits, LinearLogits):
+        logits = checked(function, logits)
+    else:
+        logits = jnp.moveaxis(jnp.asarray(logits), axis, -1)
+    sharding = sharding_of(logits)
+    where, weights = (split_as(sharding, ROWS, x) for x in (where, weights))
     what = "one per class"
     if class_weights is not None:
         contracts.check_real(function, "class_weights", class_weights)
@@ -240,13 +264,17 @@ def prepare(
     if class_mask is not None:
         check_class_mask(function, class_mask, shape, classes)
         class_mask = jnp.asarray(class_mask)
-        class_mask = class_mask if class_mask.ndim == 1 else jnp.moveaxis(class_mask, axis, -1)
+        if class_mask.ndim == 1:
+            class_mask = split_as(sharding, CLASSES, class_mask)
+        else:
+            class_mask = split_as(sharding, ALL, jnp.moveaxis(class_mask, axis, -1))
 
     label = distribution = None
     if has_index:
         if class_axis_name is not None:
             classes *= lax.axis_size(class_axis_name)
         labels, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
+        labels, ignored = (split_as(sharding, ROWS, x) for x in (labels, ignored))
         if ignored is not None:
             where = both(where, ~ignored)
         ok = jnp.logical_and(labels >= 0, labels < classes)
@@ -256,17 +284,15 @@ def prepare(
         label = jnp.where(ok, label, -1)
         seen = where if weights is None else both(where, weights != 0)
         contracts.debug_check_labels(function, ok if seen is None else ok | ~seen, labels, classes)
-    if isinstance(logits, LinearLogits):
-        logits = jax.tree.map(jnp.asarray, logits)
-    else:
-        logits = jnp.moveaxis(jnp.asarray(logits), axis, -1)
     dtype = accumulation_dtype(logits.dtype)
     if labels is not None and not has_index:
-        distribution = jnp.moveaxis(jnp.asarray(labels), axis, -1).astype(dtype)
+        distribution = split_as(sharding, ALL, jnp.moveaxis(jnp.asarray(labels), axis, -1)).astype(dtype)
         if class_mask is not None:  # probability on a class that is out of force is a bad label
-            distribution = jnp.where(class_mask | (distribution == 0), distribution, jnp.nan)
+            ok = over_rows(class_mask, distribution.ndim) | (distribution == 0)
+            distribution = jnp.where(ok, distribution, jnp.nan)
     if class_weights is not None:
         class_weights = lax.stop_gradient(jnp.asarray(class_weights)).astype(dtype)
+        class_weights = split_as(sharding, CLASSES, class_weights)
     block = Block(logits, label, distribution, class_weights, class_mask)
     counts = rows_that_count(where, weights, lambda: _has_answer(block, class_axis_name))
     return block, counts, weights, rows
@@ -291,7 +317,7 @@ def _has_answer(block: Block, class_axis_name: AxisName) -> Array:
 
 def check_logits(function: str, logits: Array | LinearLogits, axis: int, argument: str = "logits") -> None:
     if isinstance(logits, LinearLogits):
-        check_linear(function, logits, argument)
+        checked(function, logits, argument)
         remedy = "The classes of a LinearLogits are the columns of its kernel."
         ok = axis in (-1, logits.ndim - 1)
         contracts.check_option(function, "axis", axis, ok, "the last axis", remedy)
@@ -313,8 +339,7 @@ def _in_force(class_mask: Array, label: Array, class_axis_name: AxisName) -> Arr
     if class_mask.ndim == 1:
         found = take_class(class_mask, label)
     else:
-        hit = jnp.arange(classes) == label[..., None]
-        found = jnp.any(hit & class_mask, -1)
+        found = jnp.any((lanes(class_mask) == label[..., None]) & class_mask, -1)
     if class_axis_name is None:
         return found
     return lax.pmax(found.astype(jnp.int32), class_axis_name) > 0
@@ -334,12 +359,13 @@ def _split_arguments(row_args: Any, rows: tuple[int, ...]) -> tuple[list[Any], l
     return of_rows, of_all, join
 
 
-def _keep_rows(counts: Array | None, tree: Any) -> Any:
-    """0 in rows that do not count, of arrays `[..., *anything]`."""
+def _keep_rows(classes: int, counts: Array | None, statistics_and_own: Any) -> Any:
+    """Something harmless in rows that do not count: statistics of a plain row, 0 for arrays `[..., *anything]`."""
+    statistics, own = statistics_and_own
 
     def of(x: Array) -> Array:
         if counts is None or jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys hide nothing
             return x
         return keep(counts.reshape(counts.shape + (1,) * (x.ndim - counts.ndim)), x)
 
-    return jax.tree.map(of, tree)
+    return keep_rows(counts, statistics, classes), jax.tree.map(of, own)

@@ -1,16 +1,23 @@
 """Softmax losses: a few lines each on the row statistics."""
 
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
 from . import _contracts as contracts
+from ._contracts import Number
 from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
-from ._numerics import product_or_zero
+from ._numerics import accumulation_dtype, limit, product_or_zero
 from ._objective import objective
 from ._statistics import SoftmaxStatistics
 
 
+@contracts.takes_arrays
 def softmax_cross_entropy(
     logits: Array | LinearLogits,
     labels: Array,
@@ -21,8 +28,8 @@ def softmax_cross_entropy(
     weights: Array | None = None,
     class_weights: Array | None = None,
     class_mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Number = 0.0,
+    z_loss: Number = 0.0,
     reduction: str = "none",
     class_axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
@@ -86,12 +93,13 @@ def softmax_cross_entropy(
       Label smoothing: Szegedy et al. 2016. z-loss: PaLM, Chowdhery et al. 2022. Class weights with smoothing:
       torch.nn.functional.cross_entropy.
     """
-    terms = _Terms("softmax_cross_entropy", labels, label_smoothing, z_loss)
-    return objective(
-        "softmax_cross_entropy",
-        lambda s, label_weight: terms.cross_entropy(s) + terms.z(s, label_weight),
+    function = "softmax_cross_entropy"
+    return _loss(
+        function,
+        _cross_entropy,
         logits,
         labels,
+        _Options(function, labels, label_smoothing=label_smoothing, z_loss=z_loss),
         axis=axis,
         where=where,
         ignore_index=ignore_index,
@@ -104,19 +112,20 @@ def softmax_cross_entropy(
     )
 
 
+@contracts.takes_arrays
 def softmax_focal_loss(
     logits: Array | LinearLogits,
     labels: Array,
     *,
-    gamma: float = 2.0,
+    gamma: Number = 2.0,
     axis: int = -1,
     where: Array | None = None,
     ignore_index: int | None = None,
     weights: Array | None = None,
     class_weights: Array | None = None,
     class_mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Number = 0.0,
+    z_loss: Number = 0.0,
     reduction: str = "none",
     class_axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
@@ -171,19 +180,12 @@ def softmax_focal_loss(
       Lin et al. 2017, "Focal loss for dense object detection", for softmax.
     """
     function = "softmax_focal_loss"
-    terms = _Terms(function, labels, label_smoothing, z_loss)
-    contracts.check_number(function, "gamma", gamma, 0, jnp.inf, "0 is the cross-entropy; usual is 2.")
-
-    def focal(s: SoftmaxStatistics, label_weight: Array) -> Array:
-        return product_or_zero(_focus(s.log_prob, float(gamma)), terms.cross_entropy(s)) + terms.z(
-            s, label_weight
-        )
-
-    return objective(
+    return _loss(
         function,
-        focal,
+        _focal,
         logits,
         labels,
+        _Options(function, labels, label_smoothing=label_smoothing, z_loss=z_loss, gamma=gamma),
         axis=axis,
         where=where,
         ignore_index=ignore_index,
@@ -196,19 +198,20 @@ def softmax_focal_loss(
     )
 
 
+@contracts.takes_arrays
 def softmax_poly_loss(
     logits: Array | LinearLogits,
     labels: Array,
     *,
-    epsilon: float = 1.0,
+    epsilon: Number = 1.0,
     axis: int = -1,
     where: Array | None = None,
     ignore_index: int | None = None,
     weights: Array | None = None,
     class_weights: Array | None = None,
     class_mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Number = 0.0,
+    z_loss: Number = 0.0,
     reduction: str = "none",
     class_axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
@@ -263,19 +266,12 @@ def softmax_poly_loss(
       Leng et al. 2022, "PolyLoss".
     """
     function = "softmax_poly_loss"
-    terms = _Terms(function, labels, label_smoothing, z_loss)
-    remedy = "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."
-    contracts.check_number(function, "epsilon", epsilon, -1, jnp.inf, remedy)
-
-    def poly(s: SoftmaxStatistics, label_weight: Array) -> Array:
-        first = -float(epsilon) * label_weight * jnp.expm1(s.log_prob)
-        return terms.cross_entropy(s) + first + terms.z(s, label_weight)
-
-    return objective(
+    return _loss(
         function,
-        poly,
+        _poly,
         logits,
         labels,
+        _Options(function, labels, label_smoothing=label_smoothing, z_loss=z_loss, epsilon=epsilon),
         axis=axis,
         where=where,
         ignore_index=ignore_index,
@@ -288,36 +284,76 @@ def softmax_poly_loss(
     )
 
 
-class _Terms:
-    """The terms that softmax losses share."""
+class _Options:
+    """Options, checked: numbers are part of the program, `values` are arrays, which a loss gets as arguments."""
 
-    def __init__(self, function: str, labels: Array, label_smoothing: float, z_loss: float):
+    RANGES = {
+        "label_smoothing": (0, 1, "0 is none of it, 1 all of it; usual is 0.1."),
+        "z_loss": (0, math.inf, "0 turns it off; usual is 1e-4."),
+        "gamma": (0, math.inf, "0 is the cross-entropy; usual is 2."),
+        "epsilon": (-1, math.inf, "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."),
+    }
+
+    def __init__(self, function: str, labels: Array, **options: Number):
         contracts.check_array(function, "labels", labels)
-        remedy = "0 is none of it, 1 all of it; usual is 0.1."
-        contracts.check_number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
-        contracts.check_number(function, "z_loss", z_loss, 0, jnp.inf, "0 turns it off; usual is 1e-4.")
-        self.label_smoothing = float(label_smoothing)  # a numpy float64 would widen float32 under x64
-        self.z_loss = float(z_loss)
+        ranges = self.RANGES
+        checked = {name: contracts.number(function, name, x, *ranges[name]) for name, x in options.items()}
+        self.numbers = {name: x for name, x in checked.items() if isinstance(x, float)}
+        self.values = {name: x for name, x in checked.items() if name not in self.numbers}
 
-    def cross_entropy(self, s: SoftmaxStatistics) -> Array:
-        a = self.label_smoothing
-        if a == 0:
-            return -s.weighted_log_prob
-        if a == 1:  # not 0 * -inf
-            return -s.mean_log_prob
-        return -((1 - a) * s.weighted_log_prob + a * s.mean_log_prob)
-
-    def z(self, s: SoftmaxStatistics, label_weight: Array) -> Array | float:
-        return 0.0 if self.z_loss == 0 else self.z_loss * label_weight * s.log_normalizer**2
+    def of(self, values: dict[str, Array], dtype: Any) -> SimpleNamespace:
+        return SimpleNamespace(**self.numbers, **{name: x.astype(dtype) for name, x in values.items()})
 
 
-def _focus(log_p: Array, gamma: float) -> Array:
+def _loss(function: str, of_row: Callable[..., Array], logits: Any, labels: Any, options: _Options, **rest: Any) -> Array:
+    """`of_row(statistics, label_weight, options)`, reduced."""
+
+    def fn(s: SoftmaxStatistics, label_weight: Array, values: dict[str, Array]) -> Array:
+        return of_row(s, label_weight, options.of(values, accumulation_dtype(logits.dtype)))
+
+    all_of_the_label = options.numbers.get("label_smoothing") == 0
+    return objective(function, fn, logits, labels, options.values, all_of_the_label=all_of_the_label, **rest)
+
+
+def _cross_entropy(s: SoftmaxStatistics, label_weight: Array, options: Any) -> Array:
+    return _smoothed(s, options.label_smoothing) + _z(s, label_weight, options.z_loss)
+
+
+def _focal(s: SoftmaxStatistics, label_weight: Array, options: Any) -> Array:
+    loss = product_or_zero(_focus(s.log_prob, options.gamma), _smoothed(s, options.label_smoothing))
+    return loss + _z(s, label_weight, options.z_loss)
+
+
+def _poly(s: SoftmaxStatistics, label_weight: Array, options: Any) -> Array:
+    first = -options.epsilon * label_weight * jnp.expm1(s.log_prob)
+    return _smoothed(s, options.label_smoothing) + first + _z(s, label_weight, options.z_loss)
+
+
+def _smoothed(s: SoftmaxStatistics, a: Number) -> Array:
+    """Cross-entropy with smoothing a."""
+    if isinstance(a, float) and a in (0, 1):  # not 0 * -inf
+        return -s.weighted_log_prob if a == 0 else -s.mean_log_prob
+    terms = (1 - a, s.weighted_log_prob), (a, s.mean_log_prob)
+    if not isinstance(a, float):
+        terms = tuple((factor, limit(factor, x)) for factor, x in terms)
+    return -sum(factor * x for factor, x in terms)
+
+
+def _z(s: SoftmaxStatistics, label_weight: Array, z_loss: Number) -> Array | float:
+    return 0.0 if isinstance(z_loss, float) and z_loss == 0 else z_loss * label_weight * s.log_normalizer**2
+
+
+def _focus(log_p: Array, gamma: Number) -> Array:
     """(1 - p)^gamma, with slope 0 far below p = eps, also where log p = -inf meets a loss of +inf."""
     log_p = jnp.where(log_p > 0, 0, log_p)  # a distribution that sums to less than 1
     hopeless = log_p < -200
     not_p = -jnp.expm1(jnp.where(hopeless, -1, log_p))
+    certain = not_p < jnp.finfo(not_p.dtype).tiny
+    if not isinstance(gamma, float):
+        power = jnp.where(hopeless | certain, 1, not_p) ** gamma
+        return jnp.where(certain & (gamma > 0), 0, power)
     flat = hopeless
     if gamma < 2 and not gamma.is_integer():  # a first or second derivative at p = 1 is infinite
-        flat |= not_p < jnp.finfo(not_p.dtype).tiny
-    power = int(gamma) if gamma.is_integer() else gamma  # in derivatives 0.0 ** 0.0 turns up
-    return jnp.where(flat, hopeless, jnp.where(flat, 1, not_p) ** power)
+        flat |= certain
+    exponent = int(gamma) if gamma.is_integer() else gamma  # in derivatives 0.0 ** 0.0 turns up
+    return jnp.where(flat, hopeless.astype(not_p.dtype), jnp.where(flat, 1, not_p) ** exponent)

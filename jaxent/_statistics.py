@@ -9,6 +9,7 @@ out as precisely as a loss of 1.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._devices import spread
-from ._numerics import exp_difference, product_or_zero, widen
+from ._devices import lanes, spread
+from ._numerics import exp_difference, limit, over_rows, product_or_zero, widen
+from ._reduction import keep
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +52,14 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(SoftmaxStatistics)
 INTEGER_STATISTICS = ("prediction", "rank")
 
 
+def keep_rows(counts: Array | None, statistics: SoftmaxStatistics, classes: int) -> SoftmaxStatistics:
+    """Those of equal logits in rows that do not count: something at which few functions are singular."""
+    log_v = math.log(max(classes, 2))
+    harmless = {"log_normalizer": log_v, "entropy": log_v, "prediction": 0, "rank": 0}
+    fields = {name: x for name, x in vars(statistics).items() if x is not None}
+    return SoftmaxStatistics(**{name: keep(counts, x, harmless.get(name, -log_v)) for name, x in fields.items()})
+
+
 class Block(NamedTuple):
     """Some or all classes of some rows: N rows `[...]`, B classes.
 
@@ -65,22 +75,35 @@ class Block(NamedTuple):
 
     def wide_logits(self) -> Array:
         z = widen(self.logits)
-        return z if self.class_mask is None else jnp.where(self.class_mask, z, -jnp.inf)
+        return z if self.class_mask is None else jnp.where(over_rows(self.class_mask, z.ndim), z, -jnp.inf)
 
     def hit(self) -> Array:
         """[..., B]: the label's lane. A comparison, not a gather or one-hot: it shards and fuses."""
         assert self.label is not None
-        classes = jnp.arange(self.logits.shape[-1], dtype=self.label.dtype)
-        return classes == self.label[..., None]
+        return lanes(self.logits, self.label.dtype) == self.label[..., None]
 
     def weighted_distribution(self) -> Array:
         assert self.distribution is not None
-        return self.distribution if self.class_weights is None else self.distribution * self.class_weights
+        if self.class_weights is None:
+            return self.distribution
+        return self.distribution * self.weights_of_classes(self.distribution.dtype)
+
+    def weights_of_classes(self, dtype: Any) -> Array:
+        """[] or [1, ..., 1, B]."""
+        if self.class_weights is None:
+            return jnp.ones((), dtype)
+        return over_rows(self.class_weights.astype(dtype), self.logits.ndim)
 
     def uniform(self, dtype: Any) -> Array:
-        """The unnormalized target of `mean_log_prob`: [], [B] or [..., B]."""
-        weights = jnp.ones((), dtype) if self.class_weights is None else self.class_weights.astype(dtype)
-        return weights if self.class_mask is None else jnp.where(self.class_mask, weights, 0)
+        """The unnormalized target of `mean_log_prob`: [] or [..., B]."""
+        weights = self.weights_of_classes(dtype)
+        if self.class_mask is None:
+            return weights
+        return jnp.where(over_rows(self.class_mask, self.logits.ndim), weights, 0)
+
+    def in_force(self, x: Array) -> Array:
+        """`x` `[..., B]`, 0 for a class that is not in force."""
+        return x if self.class_mask is None else jnp.where(over_rows(self.class_mask, x.ndim), x, 0)
 
 
 class Moments(NamedTuple):
@@ -165,7 +188,8 @@ def partial_statistics(
     """The partial statistics that the statistics `names` need; other ways to find m, r and z_y may be given."""
     z = block.wide_logits()
     own = label_logit = None
-    if block.label is not None and any(name in names for name in ("log_prob", "weighted_log_prob")):
+    of_label = ("log_prob", "weighted_log_prob", "label_logit")
+    if block.label is not None and any(name in names for name in of_label):
         label_logit = select_label(z, block)
         if "entropy" not in names:  # which, of a row that is sure of another class, is as small as r
             own = block.hit(), label_logit
@@ -191,8 +215,7 @@ def partial_statistics(
         weighted = moments(block.weighted_distribution())
     if "mean_log_prob" in names:
         uniform = moments(block.uniform(z.dtype))
-        in_force = jnp.ones((), bool) if block.class_mask is None else block.class_mask
-        classes = jnp.sum(jnp.broadcast_to(in_force, z.shape), -1, dtype=z.dtype)
+        classes = jnp.sum(block.in_force(jnp.ones_like(z)), -1)
     return Partial(m, r, spread, label_logit, label_weight, distribution, weighted, uniform, classes)
 
 
@@ -277,7 +300,7 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
             case "log_prob" | "weighted_log_prob" if whole.label_logit is not None:
                 found[name] = -((m - whole.label_logit) + log_t)
                 if name == "weighted_log_prob" and whole.label_weight is not None:
-                    found[name] *= whole.label_weight
+                    found[name] = product_or_zero(whole.label_weight, found[name])
             case "log_prob":
                 found[name] = expectation(whole.distribution)
             case "weighted_log_prob":
@@ -294,8 +317,8 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
 def take_class(x: Array, label: Array) -> Array:
     """x[label] of `[V]` values, bools or floats; 0 for a label outside [0, V)."""
     if spread((x, label)).possible > 1:  # as `Block.hit`
-        hit = jnp.arange(x.shape[0]) == label[..., None]
-        return jnp.sum(jnp.where(hit, x, jnp.zeros_like(x)), -1, dtype=x.dtype)
+        x = over_rows(x, label.ndim + 1)
+        return jnp.sum(jnp.where(lanes(x) == label[..., None], x, 0), -1, dtype=x.dtype)
     lane = jnp.clip(label, 0, x.shape[0] - 1)
     return jnp.where(label == lane, x[lane], jnp.zeros((), x.dtype))
 
@@ -348,15 +371,18 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
 
 
 def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
-    """d/dq_j of a label distribution q: log p_j and w_j log p_j; 0 for a class that is not in force."""
+    """d/dq_j of a label distribution q: log p_j and w_j log p_j; 0 for a class that is not in force.
+
+    It is also what a direction along q is multiplied with: 0 where q_j = 0 meets log p_j = -inf, or else a teacher that
+    gives such a class no mass would be NaN in all classes.
+    """
     log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
-    w = jnp.ones((), log_p.dtype) if block.class_weights is None else block.class_weights
-    scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": w}
+    log_p = limit(block.distribution, log_p)
+    scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": block.weights_of_classes(log_p.dtype)}
     terms = [
         g[name][..., None] * product_or_zero(scale, log_p) for name, scale in scales.items() if name in g
     ]
-    gradient = sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p)
-    return gradient if block.class_mask is None else jnp.where(block.class_mask, gradient, 0)
+    return block.in_force(sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p))
 
 
 def with_others(partial: Partial, label: Array, classes: int) -> Partial:
@@ -398,14 +424,14 @@ def partial_gradient(block: Block, partial: Partial, g: Partial) -> Array:
 
 def partial_distribution_gradient(block: Block, partial: Partial, g: Partial) -> Array:
     """d/dq_j of the same."""
-    deviation = _finite(partial.max)[..., None] - block.wide_logits()
-    w = jnp.ones((), deviation.dtype) if block.class_weights is None else block.class_weights
+    deviation = limit(block.distribution, _finite(partial.max)[..., None] - block.wide_logits())
+    one, w = jnp.ones((), deviation.dtype), block.weights_of_classes(deviation.dtype)
     gradient = jnp.zeros_like(deviation)
-    for moments, scale in ((g.distribution, jnp.ones((), deviation.dtype)), (g.weighted, w)):
+    for moments, scale in ((g.distribution, one), (g.weighted, w)):
         if moments is not None:
             along = product_or_zero(scale, deviation)
             gradient += moments.deviation[..., None] * along + moments.mass[..., None] * scale
-    return gradient if block.class_mask is None else jnp.where(block.class_mask, gradient, 0)
+    return block.in_force(gradient)
 
 
 def _finite(m: Array) -> Array:

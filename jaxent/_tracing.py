@@ -10,6 +10,7 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from . import _contracts as contracts
+from ._numerics import accumulation_dtype
 from ._statistics import INTEGER_STATISTICS, STATISTICS, Block, SoftmaxStatistics
 
 
@@ -41,7 +42,7 @@ def used_statistics(
         object.__setattr__(recorder, "on_read", used.add)
         return fn(recorder, label_weight, *row_args)
 
-    dtype = block.logits.dtype
+    dtype = accumulation_dtype(block.logits.dtype)
     try:
         jax.eval_shape(trace, example(available, rows, dtype), jax.ShapeDtypeStruct(rows, dtype), row_args)
     except TypeError as error:

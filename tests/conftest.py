@@ -13,6 +13,10 @@ if jax.__version_info__ < (0, 11):  # later ones may not know it, and XLA ends w
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
+# What equinox and others promise: nothing is broadcast over ranks, or promoted to another dtype, but on purpose.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 # tracing makes many objects that stay: a fifth of its time went into looking at them
 gc.set_threshold(50_000)
 

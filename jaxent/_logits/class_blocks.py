@@ -75,11 +75,17 @@ def statistics(
     names: tuple[str, ...], layout: Classes, classes: int, block: Block, counts: Array | None
 ) -> SoftmaxStatistics:
     """The statistics `names` of N rows, `classes` at a time; `block.logits` is a LinearLogits of hidden `[N, D]`."""
-    z_y = label_logit(block) if "rank" in names else None
-    real, integers = all_classes(STATISTICS, names, layout, classes, block, counts, z_y)
+    real, integers = all_classes(STATISTICS, first_pass(names), layout, classes, block, counts)
     if "rank" in names:
-        integers["rank"] = jnp.where(block.label >= 0, integers["rank"], block.logits.shape[-1])
+        z_y = integers.pop("label_logit")
+        _, found = all_classes(STATISTICS, ("rank",), layout, classes, lax.stop_gradient(block), counts, z_y)
+        integers["rank"] = jnp.where(block.label >= 0, found["rank"], block.logits.shape[-1])
     return SoftmaxStatistics(**real, **integers)
+
+
+def first_pass(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The rank takes a second one, for it compares the label's logit with all others: to the last bit that of a block."""
+    return tuple("label_logit" if name == "rank" else name for name in names)
 
 
 def all_classes(
@@ -89,40 +95,25 @@ def all_classes(
     classes: int,
     block: Block,
     counts: Array | None,
-    label_logit: Array | None,
+    label_logit: Array | None = None,
 ) -> tuple[Any, dict[str, Array]]:
-    """(results of `rule`, integer statistics) of N rows."""
+    """(results of `rule`, statistics without derivative) of N rows; for the rank with z_y `[N]`."""
     rows, *groups, _ = block.logits.hidden.shape
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
-    blocks = min(rows * math.prod(groups) // ROWS, rows, 8)
     width = max(classes // layout.groups, 1)
+    known = isinstance(rows, int)  # not where a program is exported for any number of rows
+    blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if known else 1
     if counts is None or wide or blocks < 2:
         inputs = Inputs(block, counts, label_logit, jnp.ones((), jnp.int32))
         return _apply(Static(rule, names, layout, width, rows), inputs)
     size = -(-rows // blocks)
     order = order_of_rows(counts, size * blocks, (rows, *groups))  # beyond N: what fills the last block
-    hidden, label, label_logit = take_rows(order, (block.logits.hidden, block.label, label_logit))
-    block = block._replace(logits=dataclasses.replace(block.logits, hidden=hidden), label=label)
+    own, label, label_logit = take_rows(order, (linear.of_rows(block.logits), block.label, label_logit))
+    block = block._replace(logits=linear.replace(block.logits, own), label=label)
     needed = blocks_that_count(counts, size)
     counts = take_rows(order, counts) & (order < rows)
     found = _apply(Static(rule, names, layout, width, size), Inputs(block, counts, label_logit, needed))
     return put_rows(order, jax.tree.map(lambda x: jnp.zeros((rows, *groups), x.dtype), found), found)
-
-
-def label_logit(block: Block) -> Array:
-    """z_y from the label's column of the kernel, -inf where there is none; without derivative."""
-    layer, label = lax.stop_gradient((block.logits, block.label))
-    column = jnp.clip(label, 0, layer.kernel.shape[-1] - 1)
-
-    def own(hidden: Array, kernel: Array) -> Array:
-        return linear.product(dataclasses.replace(layer, hidden=hidden, kernel=kernel))
-
-    for _ in label.shape:
-        own = jax.vmap(own, (-2, -1), -1)
-    z = own(layer.hidden, layer.kernel[:, column])
-    bias = None if layer.bias is None else layer.bias[column]
-    z = linear.from_product(dataclasses.replace(layer, bias=bias), z)
-    return jnp.where(label == column, z, -jnp.inf)
 
 
 def _apply(static: Static, inputs: Inputs) -> Any:
@@ -154,9 +145,8 @@ def _hide(inputs: Inputs) -> Inputs:
     block, counts = inputs.block, inputs.counts
     if counts is None:
         return inputs
-    hidden = keep(counts[..., None], block.logits.hidden)
     q = None if block.distribution is None else keep(counts[..., None], block.distribution)
-    logits = dataclasses.replace(block.logits, hidden=hidden)
+    logits = linear.without_hidden_rows(block.logits, counts)
     return inputs._replace(block=block._replace(logits=logits, distribution=q))
 
 
@@ -204,6 +194,8 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_integers)
     whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
+    if "label_logit" in names:
+        integers["label_logit"] = lax.stop_gradient(whole.label_logit)
     whole = static.rule.complete(whole, block)
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
     return (static.rule.results(real, whole), integers), whole
@@ -225,7 +217,12 @@ def _backward_pass(
 
     def tile(start: Any, classes: int, row: Any) -> Block:
         part = _part(static, block, row, start, classes)
-        z, vjp = jax.vjp(functools.partial(linear.from_product, part.logits), linear.product(part.logits))
+
+        def from_product(options: Any, z: Array) -> Array:
+            return linear.from_product(linear.replace(part.logits, options), z, part.class_mask)
+
+        options = linear.moving_options(moves.logits, part.logits)
+        z, vjp = jax.vjp(from_product, options, linear.product(part.logits))
         of_rows = _rows((whole, results, g, inputs.counts), row, static.rows)
         part_whole, part_results, part_g, counts = of_rows
         built = part._replace(logits=z)
@@ -234,55 +231,62 @@ def _backward_pass(
             # a select, so that NaN in a row that does not count stays there
             return x if counts is None else jnp.where(counts[..., None], x, 0)
 
-        (d_product,) = vjp(
-            of_counting_rows(static.rule.logits_gradient(built, part_whole, part_results, part_g))
-        )
+        dz = of_counting_rows(static.rule.logits_gradient(built, part_whole, part_results, part_g))
+        d_options, d_product = vjp(dz)
         distribution = None
         if moves.distribution:
             distribution = of_counting_rows(static.rule.distribution_gradient(built, part_whole, part_g))
-        return Block(linear.gradient(moves.logits, part.logits, d_product), distribution=distribution)
+        layer = linear.gradient(moves.logits, part.logits, d_product, part.class_mask)
+        return Block(linear.replace(layer, d_options), distribution=distribution)
 
-    def over_rows(start: Any, classes: int, total: Block) -> Block:
-        """Adds to the gradient of hidden, and writes what the kernel, bias and distribution have here."""
+    def over_rows(start: Any, classes: int, total: _Total) -> _Total:
+        """Adds to what rows and all classes have, and writes what the classes of a block have."""
 
         def step(row: Any, carry: Any) -> Any:
-            hidden, here = carry
-            found = tile(start, classes, row)
-            layer = found.logits
-            if hidden is not None:
-                hidden = _put(hidden, _rows(hidden, row, static.rows) + layer.hidden, row)
-            found = found._replace(logits=dataclasses.replace(layer, hidden=None))
-            return hidden, jax.tree.map(jnp.add, here, found)
+            rows, *others = carry
+            found = _Total.of(tile(start, classes, row))
+            rows = _put(rows, jax.tree.map(jnp.add, _rows(rows, row, static.rows), found.rows), row)
+            return rows, *jax.tree.map(jnp.add, others, [found.all, found.classes])
 
-        shapes = jax.eval_shape(functools.partial(tile, start, classes, 0))
-        here = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        here = here._replace(logits=dataclasses.replace(here.logits, hidden=None))
-        hidden, here = _over_rows(
-            stop, static, inputs, step, varying_like(inputs, (total.logits.hidden, here))
-        )
+        shapes = _Total.of(jax.eval_shape(functools.partial(tile, start, classes, 0)))
+        here = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.classes)
+        carry = varying_like(inputs, (total.rows, total.all, here))
+        rows, of_all, here = _over_rows(stop, static, inputs, step, carry)
 
         def put(x: Array, y: Array) -> Array:
             return static.layout.put(x, y.astype(x.dtype), start)
 
-        rest = total._replace(logits=dataclasses.replace(total.logits, hidden=None))
-        total = jax.tree.map(put, rest, here)
-        return total._replace(logits=dataclasses.replace(total.logits, hidden=hidden))
-
-    def zeros(moves: Any, x: Array, dtype: Any = None) -> Array | None:
-        return jnp.zeros(x.shape, dtype or x.dtype) if moves else None
+        return _Total(rows, jax.tree.map(put, total.classes, here), of_all)
 
     layer, moving_layer = block.logits, moves.logits
-    hidden = zeros(moving_layer.hidden, layer.hidden, layer.dtype)
-    kernel, bias = zeros(moving_layer.kernel, layer.kernel), zeros(moving_layer.bias, layer.bias)
-    init = Block(
-        dataclasses.replace(layer, hidden=hidden, kernel=kernel, bias=bias),
-        distribution=zeros(moves.distribution, block.distribution),
-    )
+    shapes = _Total.of(jax.eval_shape(functools.partial(tile, 0, static.classes, 0)))
+    rows = jax.tree.map(lambda x: jnp.zeros((layer.hidden.shape[0], *x.shape[1:]), x.dtype), shapes.rows)
+    of_all = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.all)
+
+    def zeros(moves: Any, x: Array) -> Array | None:
+        return jnp.zeros(x.shape, x.dtype) if moves else None
+
+    columns = {"kernel": zeros(moving_layer.kernel, layer.kernel), "bias": zeros(moving_layer.bias, layer.bias)}
+    init = _Total(rows, (columns, zeros(moves.distribution, block.distribution)), of_all)
     found = _over_classes(static, inputs, over_rows, init)
+    columns, distribution = found.classes
     if moving_layer.hidden:
-        hidden = found.logits.hidden.astype(layer.hidden.dtype)
-        found = found._replace(logits=dataclasses.replace(found.logits, hidden=hidden))
-    return found
+        found.rows["hidden"] = found.rows["hidden"].astype(layer.hidden.dtype)
+    return Block(linear.replace(layer, found.rows | found.all | columns), distribution=distribution)
+
+
+class _Total(NamedTuple):
+    """Gradients, by what they belong to."""
+
+    rows: Any
+    classes: Any
+    all: Any
+
+    @classmethod
+    def of(cls, block: Block) -> "_Total":
+        of_all = linear.of_all(block.logits)
+        columns = {name: of_all.pop(name) for name in ("kernel", "bias")}
+        return cls(linear.of_rows(block.logits), (columns, block.distribution), of_all)
 
 
 def _over_classes(static: Static, inputs: Inputs, step: Callable[[Any, int, Any], Any], init: Any) -> Any:
@@ -315,8 +319,8 @@ def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> B
     layer = block.logits
     kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
     distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
-    hidden, label = _rows((layer.hidden, block.label), row, static.rows)
-    layer = dataclasses.replace(layer, hidden=hidden, kernel=kernel, bias=bias)
+    own, label = _rows((linear.of_rows(layer), block.label), row, static.rows)
+    layer = linear.replace(layer, own | {"kernel": kernel, "bias": bias})
     lane = None if label is None else static.layout.lane(label, start, classes)
     return Block(layer, lane, distribution, weights, mask)
 

@@ -3,7 +3,6 @@
 What `jit` does with an auto mesh by propagation is a `shard_map` here: nothing is communicated inside a loop.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from .._devices import is_explicit
 from .._statistics import Block
-from .linear import LinearLogits
+from .linear import LinearLogits, of_all, of_rows, replace
 
 
 class Split(NamedTuple):
@@ -45,10 +44,9 @@ class Split(NamedTuple):
     def of_logits(self, z: Any) -> Any:
         if not isinstance(z, LinearLogits):
             return P(*self.rows, self.classes)
-        specs: dict[str, Any] = {"hidden": P(*self.rows), "kernel": P(None, self.classes)}
-        if z.bias is not None:
-            specs["bias"] = P(self.classes)
-        return dataclasses.replace(z, **specs)
+        specs: dict[str, Any] = {name: P() for name in of_all(z)} | {name: P(*self.rows) for name in of_rows(z)}
+        specs |= {"kernel": P(None, self.classes), "bias": P(self.classes)}
+        return replace(z, {name: spec for name, spec in specs.items() if getattr(z, name) is not None})
 
     def of_mask(self, class_mask: Any) -> Any:
         if class_mask is None or class_mask.ndim > 1:

@@ -11,12 +11,16 @@ import numpy as np
 from jax import Array
 
 from .. import _contracts as contracts
-from .._numerics import accumulation_dtype
+from .._contracts import Number
+from .._numerics import accumulation_dtype, as_dtype, over_rows
+from .._reduction import keep
 
 BLOCK_BYTES = 128 * 2**20
+OPTIONS = ("temperature", "softcap")  # Python numbers or arrays
+ARRAYS = ("hidden", "kernel", "bias", *OPTIONS)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearLogits:
     """Logits `hidden @ kernel + bias` that are never built: pass them wherever jaxent takes `logits`.
@@ -30,8 +34,8 @@ class LinearLogits:
       hidden: `[..., D]`, floating point: what comes into the last layer.
       kernel: `[D, V]`, floating point; the layout of flax's `Dense` and of `hidden @ kernel`.
       bias: `[V]` or None.
-      temperature: T > 0, a Python number, divides the logits. A learned one belongs into `hidden`.
-      softcap: > 0, bounds the logits (before the temperature) to +-softcap. None: no bound.
+      temperature: T > 0, divides the logits: a Python number, or an array `[]` or `[...]`, one per row.
+      softcap: > 0, bounds the logits (before the temperature) to +-softcap: a number or an array `[]`. None: no bound.
       precision: of the matmuls, as in `jnp.matmul`.
       block_bytes: about how much memory a block of logits and its gradient may take, beside the gradients of
         `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows. Of each device, where jax knows
@@ -43,8 +47,8 @@ class LinearLogits:
       dtype: in which the logits are computed: float32, float64 where an operand is float64.
 
     Gradients:
-      Of `hidden`, `kernel` and `bias`, each in its dtype, summed in float32 over rows and blocks. What is not
-      differentiated (a frozen kernel) costs no matmul. To any order; forward over reverse (`jax.jvp` of
+      Of `hidden`, `kernel` and `bias`, and of a temperature or softcap that is an array, each in its dtype, summed in
+      float32 over rows and blocks. What is not differentiated (a frozen kernel) costs no matmul. To any order; forward over reverse (`jax.jvp` of
       `jax.grad`, `jax.hessian`) everywhere. `jax.jvp` of the loss itself: of sums in blocks of rows, else a
       TypeError of jax.
 
@@ -74,10 +78,25 @@ class LinearLogits:
     kernel: Array
     bias: Array | None = None
     _: dataclasses.KW_ONLY
-    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
-    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
-    precision: Any = dataclasses.field(default=None, metadata={"static": True})
-    block_bytes: int = dataclasses.field(default=BLOCK_BYTES, metadata={"static": True})
+    temperature: Number = 1.0
+    softcap: Number | None = None
+    precision: Any = None
+    block_bytes: int = BLOCK_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ARRAYS:
+            object.__setattr__(self, name, contracts.as_arrays(getattr(self, name)))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Arrays are children; options that are Python numbers are part of the program."""
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        numbers = {name: arrays.pop(name) for name in OPTIONS if contracts.is_number(arrays[name])}
+        children = tuple((jax.tree_util.GetAttrKey(name), arrays.get(name)) for name in ARRAYS)
+        return children, (*numbers.items(), ("precision", self.precision), ("block_bytes", self.block_bytes))
+
+    @classmethod
+    def tree_unflatten(cls, options: Any, children: Any) -> "LinearLogits":
+        return cls(**(dict(zip(ARRAYS, children, strict=True)) | dict(options)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,12 +112,12 @@ class LinearLogits:
 
     def dense(self) -> Array:
         """The logits as an array `[..., V]`: N x V numbers, for tests and small cases."""
-        check_linear("LinearLogits.dense", self)
-        return from_product(self, product(self))
+        layer = checked("LinearLogits.dense", self)
+        return from_product(layer, product(layer))
 
 
-def check_linear(function: str, logits: LinearLogits, argument: str = "logits") -> None:
-    """Shapes, dtypes, options. Here and not when it is built: a pytree may hold anything."""
+def checked(function: str, logits: LinearLogits, argument: str = "logits") -> LinearLogits:
+    """Of jax arrays and numbers, after a look at shapes, dtypes and options; when it is built a pytree may hold anything."""
     hidden, kernel, bias = logits.hidden, logits.kernel, logits.bias
     arrays = {"hidden": hidden, "kernel": kernel} | ({} if bias is None else {"bias": bias})
     for name, x in arrays.items():
@@ -116,31 +135,82 @@ def check_linear(function: str, logits: LinearLogits, argument: str = "logits") 
     if bias is not None:
         remedy = "Nothing is broadcast."
         contracts.check_shape(function, f"{argument}.bias", bias, kernel.shape[1:], "one per class", remedy)
-    options = {"temperature": logits.temperature, "block_bytes": logits.block_bytes}
-    for name, value in (options | ({} if logits.softcap is None else {"softcap": logits.softcap})).items():
-        remedy = "It is part of the compiled program; multiply `hidden` by what is learned."
-        contracts.check_number(function, f"{argument}.{name}", value, 0, math.inf, remedy)
-        contracts.check_option(function, f"{argument}.{name}", value, value > 0, "positive", remedy)
+    remedy = "1 leaves the logits as they are; the limit at 0 is the argmax, which has no gradient."
+    name, rows = f"{argument}.temperature", hidden.shape[:-1]
+    temperature = contracts.number(
+        function, name, logits.temperature, 0, math.inf, remedy, above=True, shape=rows
+    )
+    softcap = logits.softcap
+    if softcap is not None:
+        remedy = "For no bound pass None."
+        softcap = contracts.number(function, f"{argument}.softcap", softcap, 0, math.inf, remedy, above=True)
+    whole = isinstance(logits.block_bytes, int | np.integer) and logits.block_bytes > 0
     remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`."
-    whole = isinstance(logits.block_bytes, int | np.integer)
-    contracts.check_option(function, f"{argument}.block_bytes", logits.block_bytes, whole, "an int", remedy)
+    name = f"{argument}.block_bytes"
+    contracts.check_option(function, name, logits.block_bytes, whole, "a positive int", remedy)
+    hidden, kernel, bias = jax.tree.map(jnp.asarray, (hidden, kernel, bias))
+    return LinearLogits(
+        hidden,
+        kernel,
+        bias,
+        temperature=temperature,
+        softcap=softcap,
+        precision=logits.precision,
+        block_bytes=logits.block_bytes,
+    )
+
+
+def of_rows(layer: LinearLogits) -> dict[str, Array]:
+    """What each row has of its own."""
+    per_row = {"temperature": layer.temperature} if np.ndim(layer.temperature) else {}
+    return {"hidden": layer.hidden} | per_row
+
+
+def of_all(layer: LinearLogits) -> dict[str, Array]:
+    """What the rows have in common."""
+    fields = {name: getattr(layer, name) for name in ARRAYS if name not in of_rows(layer)}
+    return {name: x for name, x in fields.items() if not contracts.is_number(x)}
+
+
+def replace(layer: LinearLogits, fields: dict[str, Any]) -> LinearLogits:
+    return dataclasses.replace(layer, **fields)
+
+
+def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogits:
+    """Something harmless in place of what is hidden: it will be multiplied by a gradient of zero."""
+    if counts is None:
+        return layer
+    fields = {"hidden": keep(counts[..., None], layer.hidden)}
+    if np.ndim(layer.temperature):
+        fields["temperature"] = keep(counts, layer.temperature, 1)
+    return replace(layer, fields)
 
 
 def product(block: LinearLogits) -> Array:
     """hidden @ kernel, summed in the accumulation dtype."""
-    return jnp.matmul(
-        block.hidden, block.kernel, precision=block.precision, preferred_element_type=block.dtype
-    )
+    hidden, kernel = _promoted(block)
+    return jnp.matmul(hidden, kernel, precision=block.precision, preferred_element_type=block.dtype)
 
 
-def from_product(block: LinearLogits, z: Array) -> Array:
-    """From the product to the logits: bias, softcap, temperature."""
+def _promoted(block: LinearLogits) -> tuple[Array, Array]:
+    """Operands of one dtype, as jax promotes them unless it is told not to."""
+    dtype = jnp.promote_types(block.hidden.dtype, block.kernel.dtype)
+    return block.hidden.astype(dtype), block.kernel.astype(dtype)
+
+
+def from_product(block: LinearLogits, z: Array, class_mask: Array | None = None) -> Array:
+    """From the product to the logits: bias, softcap, temperature. NaN of classes out of force stays where it is."""
     if block.bias is not None:
-        z = z + block.bias.astype(z.dtype)
+        z = z + over_rows(block.bias.astype(z.dtype), z.ndim)
+    if class_mask is not None:
+        z = jnp.where(over_rows(class_mask, z.ndim), z, 0)
     if block.softcap is not None:
-        cap = float(block.softcap)  # a numpy float64 would widen float32 under x64
+        cap = as_dtype(block.softcap, z.dtype)
         z = cap * jnp.tanh(z / cap)
-    return z if block.temperature == 1 else z / float(block.temperature)
+    if contracts.is_number(block.temperature):
+        return z if block.temperature == 1 else z / block.temperature
+    temperature = block.temperature.astype(z.dtype)
+    return z / (temperature[..., None] if temperature.ndim else temperature)
 
 
 def _operand(block: LinearLogits, dz: Array) -> Array:
@@ -153,17 +223,33 @@ def _operand(block: LinearLogits, dz: Array) -> Array:
     return dz.astype(jnp.bfloat16) if half else dz
 
 
-def gradient(moves: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
-    """The gradients of what moves, None for the rest, in the accumulation dtype."""
+def gradient(
+    moves: LinearLogits, block: LinearLogits, d_product: Array, class_mask: Array | None = None
+) -> LinearLogits:
+    """The gradients of hidden, kernel and bias as far as they move, None for the rest, in the accumulation dtype."""
     dz = _operand(block, d_product)
     n = string.ascii_uppercase[: dz.ndim - 1]  # axes of rows
-    return dataclasses.replace(
-        block,
-        hidden=_einsum(block, f"{n}v,dv->{n}d", dz, block.kernel) if moves.hidden else None,
-        kernel=_einsum(block, f"{n}d,{n}v->dv", block.hidden, dz) if moves.kernel else None,
-        bias=jnp.sum(d_product, tuple(range(dz.ndim - 1))) if moves.bias else None,
-    )
+    hidden, kernel = block.hidden, block.kernel
+    if class_mask is not None:
+        # 0 * NaN: a column that some rows have in force has made these NaN already
+        seen = class_mask[None] if class_mask.ndim == 1 else jnp.isfinite(kernel)
+        kernel = jnp.where(seen, kernel, 0)
+    fields = dict.fromkeys(of_rows(block) | of_all(block))
+    if moves.hidden:
+        fields["hidden"] = _einsum(block, f"{n}v,dv->{n}d", dz, kernel)
+    if moves.kernel:
+        fields["kernel"] = _einsum(block, f"{n}d,{n}v->dv", hidden, dz)
+    if moves.bias:
+        fields["bias"] = jnp.sum(d_product, tuple(range(dz.ndim - 1)))
+    return replace(block, fields)
+
+
+def moving_options(moves: LinearLogits, block: LinearLogits) -> dict[str, Array]:
+    """Those that are differentiated, which jax does."""
+    return {name: getattr(block, name) for name in OPTIONS if getattr(moves, name) is True}
 
 
 def _einsum(block: LinearLogits, subscripts: str, *operands: Array) -> Array:
+    dtype = jnp.promote_types(operands[0].dtype, operands[1].dtype)
+    operands = tuple(x.astype(dtype) for x in operands)
     return jnp.einsum(subscripts, *operands, precision=block.precision, preferred_element_type=block.dtype)

@@ -24,7 +24,17 @@ from .._derivatives import (
 )
 from .._numerics import accumulation_dtype
 from .._reduction import keep
-from .linear import LinearLogits, from_product, gradient, product
+from .linear import (
+    LinearLogits,
+    from_product,
+    gradient,
+    moving_options,
+    of_all,
+    of_rows,
+    product,
+    replace,
+    without_hidden_rows,
+)
 
 
 class Inputs(NamedTuple):
@@ -34,11 +44,22 @@ class Inputs(NamedTuple):
     counts: Array | None  # bool [N]
     rows: Any  # pytree of [N, ...]
     shared: Any  # pytree of what all rows have in common
+    class_mask: Array | None = None  # [V] or [N, V], where NaN may be hidden by it
+    needed: Array | None = None  # bool [N]: rows that are left out, but for their derivatives, count with a weight of 0
 
 
 # fn(logits of each layer, counts, rows, shared) -> (real results, integer results), pytrees of [R]
 BlockFunction = Callable[[tuple[Array, ...], Array | None, Any, Any], tuple[Any, Any]]
 Static = tuple[BlockFunction, int]  # and how many rows a block has
+
+
+class Summed(NamedTuple):
+    """How `_differentiate` is to run."""
+
+    fn: BlockFunction
+    size: int
+    moving: Moving
+    every: bool  # rows of weight 0, too
 
 
 def map_rows(fn: BlockFunction, size: int, inputs: Inputs) -> tuple[Any, Any]:
@@ -67,7 +88,7 @@ def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | N
     inputs, moving = residuals
     if all(map(is_symbolic_zero, jax.tree.leaves(g[0], is_leaf=is_symbolic_zero))):
         return (None,)  # nothing depends on these results
-    _, gradients = _differentiate((*static, moving), inputs, instantiate(g[0]))
+    _, gradients = _differentiate(Summed(*static, moving, False), inputs, instantiate(g[0]))
     return (_cast(gradients, _Dtypes.of(inputs)),)
 
 
@@ -86,8 +107,8 @@ def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> Array:
 
 def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, Any]:
     inputs, moving = values_and_moving(inputs)
+    (losses, _), gradients = _differentiate(Summed(*static, moving, weights.perturbed), inputs, weights.value)
     weights = weights.value
-    (losses, _), gradients = _differentiate((*static, moving), inputs, weights)
     dtypes = _Dtypes.of(inputs)
     residuals = _cast(gradients, dtypes.stored()), losses, dtypes, _Dtypes.of(weights)
     return jnp.sum(weights * losses), residuals
@@ -113,9 +134,9 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
     blocks = _Blocks(inputs, size, stop)
 
     def results(i: Any) -> Any:
-        layers, counts, rows, shared = blocks.take(i)
-        logits = tuple(from_product(layer, product(layer)) for layer in layers)
-        return blocks.keep(fn(logits, counts, rows, shared), i)
+        block = blocks.take(i)
+        logits = tuple(from_product(layer, product(layer)) for layer in block.layers)
+        return blocks.keep(fn(logits, block.counts, block.rows, block.shared), i)
 
     def body(i: Any, found: Any) -> Any:
         return blocks.put(found, i, results(i))
@@ -124,30 +145,35 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
 
 
 @stopping_early
-def _differentiate(
-    stop: bool, static: tuple[BlockFunction, int, Moving], inputs: Inputs, g: Any
-) -> tuple[Any, Inputs]:
+def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[Any, Inputs]:
     """The results, and the gradients of sum(g * real results), summed in the accumulation dtype."""
-    fn, size, moving = static
-    blocks = _Blocks(inputs, size, stop)
+    fn, size, moving, every = static
+    blocks = _Blocks(inputs, size, stop and not every)
     is_moving: Inputs = moving.tree(inputs)
 
     def step(i: Any) -> tuple[Any, Inputs]:
         block = blocks.take(i)
 
-        def of_moving(products: Any, rows: Any, shared: Any) -> Any:
-            logits = tuple(from_product(*pair) for pair in zip(block.layers, products, strict=True))
+        def of_moving(products: Any, options: Any, rows: Any, shared: Any) -> Any:
+            layers = map(replace, block.layers, options)
+            logits = tuple(from_product(layer, z, block.class_mask) for layer, z in zip(layers, products, strict=True))
             rows = _merge(is_moving.rows, rows, block.rows)
             shared = _merge(is_moving.shared, shared, block.shared)
             return fn(logits, block.counts, rows, shared)
 
         rows, shared = _only(is_moving.rows, block.rows), _only(is_moving.shared, block.shared)
         products = tuple(map(product, block.layers))
-        real, vjp, integers = jax.vjp(of_moving, products, rows, shared, has_aux=True)
+        options = tuple(map(moving_options, is_moving.layers, block.layers))
+        real, vjp, integers = jax.vjp(of_moving, products, options, rows, shared, has_aux=True)
         cotangent = blocks.keep(blocks.rows_of(g, i), i)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, real)
-        d_products, d_rows, d_shared = vjp(cotangent)
-        d_layers = tuple(map(_layer_gradient, is_moving.layers, block.layers, d_products))
+        d_products, d_options, d_rows, d_shared = vjp(cotangent)
+
+        def of_layer(*of: Any) -> LinearLogits:
+            return _layer_gradient(*of, block.class_mask)
+
+        d_layers = tuple(map(of_layer, is_moving.layers, block.layers, d_products))
+        d_layers = tuple(map(replace, d_layers, d_options))
         results = blocks.keep((real, integers), i)
         return results, Inputs(d_layers, None, d_rows, d_shared)
 
@@ -160,12 +186,12 @@ def _differentiate(
     return blocks.loop(body, (blocks.zeros(results), blocks.zero_gradients(gradients)))
 
 
-def _layer_gradient(moves: LinearLogits, block: LinearLogits, d_product: Array) -> LinearLogits:
-    found = gradient(moves, block, d_product)
+def _layer_gradient(
+    moves: LinearLogits, block: LinearLogits, d_product: Array, class_mask: Array | None
+) -> LinearLogits:
+    found = gradient(moves, block, d_product, class_mask)
     hidden = found.hidden
-    return dataclasses.replace(
-        found, hidden=None if hidden is None else hidden.astype(_stored(block.hidden.dtype))
-    )
+    return replace(found, {"hidden": None if hidden is None else hidden.astype(_stored(block.hidden.dtype))})
 
 
 class _Blocks:
@@ -176,22 +202,22 @@ class _Blocks:
         self.inputs, self.size = inputs, size
         self.number: Any = -(-rows // size)
         self.order = None
-        if inputs.counts is not None or rows % size:
+        needed = inputs.counts if inputs.needed is None else inputs.needed
+        if needed is not None or rows % size:
             # row numbers from N on fill the last block: copies of some row that are kept out of all results
-            self.order = order_of_rows(inputs.counts, self.number * size, (rows, *groups))
-        if inputs.counts is not None and stop:
-            self.number = blocks_that_count(inputs.counts, size)
+            self.order = order_of_rows(needed, self.number * size, (rows, *groups))
+        if needed is not None and stop:
+            self.number = blocks_that_count(needed, size)
 
     def take(self, i: Any) -> Inputs:
-        layers, counts, rows, shared = self.inputs
-        counts, rows = self.rows_of((counts, rows), i)
+        inputs, mask = self.inputs, self.inputs.class_mask
+        counts, rows = self.rows_of((inputs.counts, inputs.rows), i)
 
         def of_layer(layer: LinearLogits) -> LinearLogits:
-            # a zero in place of what is hidden: it will be multiplied by a zero gradient
-            hidden = keep(None if counts is None else counts[..., None], self.rows_of(layer.hidden, i))
-            return dataclasses.replace(layer, hidden=hidden)
+            return without_hidden_rows(replace(layer, self.rows_of(of_rows(layer), i)), counts)
 
-        return Inputs(tuple(map(of_layer, layers)), counts, rows, shared)
+        mask = self.rows_of(mask, i) if mask is not None and mask.ndim > 1 else mask
+        return Inputs(tuple(map(of_layer, inputs.layers)), counts, rows, inputs.shared, mask)
 
     def keep(self, results: Any, i: Any) -> Any:
         """0 in rows that do not count, or only fill the block."""
@@ -219,9 +245,8 @@ class _Blocks:
             return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
 
         def of_layer(total: LinearLogits, block: LinearLogits) -> LinearLogits:
-            hidden = self.put(total.hidden, i, block.hidden)
-            kernel, bias = plus((total.kernel, total.bias), (block.kernel, block.bias))
-            return dataclasses.replace(total, hidden=hidden, kernel=kernel, bias=bias)
+            rows = self.put(of_rows(total), i, of_rows(block))
+            return replace(total, rows | plus(of_all(total), of_all(block)))
 
         layers = tuple(map(of_layer, total.layers, block.layers))
         return Inputs(layers, None, self.put(total.rows, i, block.rows), plus(total.shared, block.shared))
@@ -235,11 +260,10 @@ class _Blocks:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), tree)
 
         def of_layer(layer: LinearLogits) -> LinearLogits:
-            kernel, bias = sums((layer.kernel, layer.bias))
-            return dataclasses.replace(layer, hidden=self.zeros(layer.hidden), kernel=kernel, bias=bias)
+            return replace(layer, self.zeros(of_rows(layer)) | sums(of_all(layer)))
 
-        layers, _, rows, shared = of_block
-        return Inputs(tuple(map(of_layer, layers)), None, self.zeros(rows), sums(shared))
+        layers = tuple(map(of_layer, of_block.layers))
+        return Inputs(layers, None, self.zeros(of_block.rows), sums(of_block.shared))
 
     def loop(self, body: Callable[[Any, Any], Any], init: Any) -> Any:
         return lax.fori_loop(0, self.number, body, varying_like(self.inputs, init))

@@ -59,14 +59,11 @@ def statistics(
     bad = None if block.label is None else block.label < 0
     if block.label is not None:
         block = block._replace(label=jnp.where(bad, -1, block.label - first))
-    integers = tuple(name for name in names if name in INTEGER_STATISTICS)
-    real = tuple(name for name in names if name not in integers)
-    z_y = None
+    real = tuple(name for name in names if name not in INTEGER_STATISTICS)
+    partial, found = _local(class_blocks.first_pass(names), block, counts, None, layout, width)
     if "rank" in names:
-        linear = isinstance(block.logits, LinearLogits)
-        of_label = class_blocks.label_logit if linear else _label_logit
-        z_y = lax.pmax(of_label(block), axis_name)
-    partial, found = _local(names, block, counts, z_y, layout, width)
+        z_y = lax.pmax(found.pop("label_logit"), axis_name)
+        found |= _local(("rank",), lax.stop_gradient(block), counts, z_y, layout, width)[1]
     m = lax.pmax(lax.stop_gradient(partial.max), axis_name)
     # a NaN is the largest, as in argmax; over devices a maximum may lose it
     top = jnp.where(jnp.isnan(partial.max), jnp.inf, partial.max)
@@ -77,10 +74,6 @@ def statistics(
     ok = jnp.isfinite(m) if bad is None else jnp.isfinite(m) & ~bad
     found |= _finish(real, partial, jnp.where(ok, m, jnp.nan), block, axis_name)
     return SoftmaxStatistics(**found)
-
-
-def _label_logit(block: Block) -> Array:
-    return select_label(lax.stop_gradient(block.wide_logits()), block.hit())
 
 
 def _whole_integer(name: str, x: Array, holds: Array | None, first: Array, axis_name: AxisName) -> Array:
@@ -136,7 +129,7 @@ def _finish(
             case "log_prob" | "weighted_log_prob" if label_log_prob is not None:
                 found[name] = label_log_prob
                 if name == "weighted_log_prob" and "label_weight" in sums:
-                    found[name] *= sums["label_weight"]
+                    found[name] = product_or_zero(sums["label_weight"], found[name])
             case "log_prob":
                 found[name] = expectation(sums["distribution"])
             case "weighted_log_prob":
@@ -193,14 +186,17 @@ def _local(
     z = lax.stop_gradient(block.wide_logits())
     if "prediction" in names:
         integers["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
+    if "label_logit" in names:
+        integers["label_logit"] = select_label(z, block.hit())
     if "rank" in names:
         integers["rank"] = jnp.sum(~(z <= z_y[..., None]), -1, dtype=jnp.int32)
+        return None, integers
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
     return _dense(real, block, counts), integers
 
 
 def _complete(whole: Partial, block: Block) -> Partial:
-    return whole if block.label is None else with_others(whole, block.label, block.logits.shape[-1])
+    return whole if whole.label_logit is None else with_others(whole, block.label, block.logits.shape[-1])
 
 
 SUMS = class_blocks.Rule(

@@ -1,6 +1,5 @@
 """Statistics and losses of rows, wherever their logits come from."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +13,13 @@ from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks, sharded
 from .explicit import split_of
 from .layout import Classes, Rows
-from .linear import LinearLogits
+from .linear import LinearLogits, of_rows, replace
 from .plan import classes_of_a_block, plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
 from .sharded import AxisName
 
 ROWS = 128  # at least so many are taken at a time where some do not count
+ROWS_UNKNOWN = 1024  # what a plan takes for the number that a program is to be exported for
 
 
 def statistics(
@@ -57,7 +57,8 @@ def statistics(
             real = {name: found[name] for name in names if name not in INTEGER_STATISTICS}
             return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
 
-        real, integers = row_blocks.map_rows(fn, size, Inputs((block.logits,), counts, own, shared))
+        inputs = Inputs((block.logits,), counts, own, shared, block.class_mask)
+        real, integers = row_blocks.map_rows(fn, size, inputs)
         found = SoftmaxStatistics(**real, **integers)
     return rows.together(found)
 
@@ -69,23 +70,25 @@ def weighted_sum(
     names: tuple[str, ...],
     block: Block,
     counts: Array | None,
+    needed: Array | None,
     weights: Array,
     rows: Any,
     shared: Any,
 ) -> Array:
     """sum_n weights_n fn(statistics, counts, rows, shared)_n of linear logits, `size` rows of each group at a time.
 
-    `fn` sees `[size, *groups]` rows and must take each by itself; what it closes over is not differentiated.
+    `fn` sees `[size, *groups]` rows and must take each by itself; what it closes over is not differentiated. Rows that
+    are not `needed` have a weight of 0.
     """
     block = _apart(layout, block)
-    counts, weights, rows = layout.apart((counts, weights, rows))
+    counts, needed, weights, rows = layout.apart((counts, needed, weights, rows))
 
     def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
         found = dense.statistics(names, _join(logits[0], rows[0], shared[0]), counts)
         return fn(found, counts, rows[1], shared[1]), ()
 
     own, common = _own_and_shared(block)
-    inputs = Inputs((block.logits,), counts, (own, rows), (common, shared))
+    inputs = Inputs((block.logits,), counts, (own, rows), (common, shared), block.class_mask, needed)
     return row_blocks.sum_rows(of_block, size, inputs, weights)
 
 
@@ -109,7 +112,7 @@ def by_blocks_of_rows(
     groups = math.prod(layout.groups)
     size = rows_of_a_block(layout.number, groups * layers[0].shape[-1], block_bytes, itemsize, arrays)
     counts, rows, weights = layout.apart((counts, rows, weights))
-    layers = tuple(dataclasses.replace(x, hidden=layout.apart(x.hidden)) for x in layers)
+    layers = tuple(replace(x, layout.apart(of_rows(x))) for x in layers)
     inputs = Inputs(layers, counts, rows, shared)
     if weights is not None:
         return row_blocks.sum_rows(fn, size, inputs, weights)
@@ -132,6 +135,8 @@ def cut(logits: LinearLogits, masked: bool) -> Cut:
     """
     devices = spread(logits)
     rows, classes = Rows.of(logits.shape[:-1], devices), Classes.of(logits.shape[-1], devices)
+    if not isinstance(rows.number, int):  # a program for any number of rows
+        return Cut(rows, classes, None, _classes_at_a_time(logits))
     platform, itemsize = jax.default_backend(), logits.dtype.itemsize
     share, features = -(-math.prod(rows.shape) // devices.known), logits.kernel.shape[0]
     best = plan(share, features, logits.shape[-1], logits.block_bytes, itemsize, platform)
@@ -144,15 +149,17 @@ def cut(logits: LinearLogits, masked: bool) -> Cut:
 
 def _classes_at_a_time(logits: LinearLogits) -> int:
     *rows, features = logits.hidden.shape
-    itemsize = logits.dtype.itemsize
-    return classes_of_a_block(math.prod(rows), features, logits.shape[-1], logits.block_bytes, itemsize)
+    number, itemsize = math.prod(rows), logits.dtype.itemsize
+    if not isinstance(number, int):
+        number = ROWS_UNKNOWN
+    return classes_of_a_block(number, features, logits.shape[-1], logits.block_bytes, itemsize)
 
 
 def _apart(rows: Rows, block: Block) -> Block:
     logits, mask = block.logits, block.class_mask
-    hidden, label, distribution = rows.apart((logits.hidden, block.label, block.distribution))
+    own, label, distribution = rows.apart((of_rows(logits), block.label, block.distribution))
     mask = rows.apart(mask) if mask is not None and mask.ndim > 1 else mask
-    return Block(dataclasses.replace(logits, hidden=hidden), label, distribution, block.class_weights, mask)
+    return Block(replace(logits, own), label, distribution, block.class_weights, mask)
 
 
 def _own_and_shared(block: Block) -> tuple[Any, Any]:
