@@ -238,6 +238,10 @@ def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
             remedy = "For one-hot rows pass `labels.argmax(axis)`, or `labels.astype(jnp.float32)`."
             fail(TypeError, function, "labels", forms, got, remedy)
         remedy = "jaxent never broadcasts labels: one index per row of logits, e.g. `labels.squeeze(-1)`."
+        others = (i for i in range(len(full)) if has_shape(labels, full[:i] + full[i + 1 :]))
+        other = next(others, None)
+        if other is not None:
+            remedy = f"If the classes are on axis {other} of the logits, pass `axis={other}`."
         fail(ValueError, function, "labels", forms, got, remedy)
     remedy = (
         "bool labels are for `sigmoid_cross_entropy`; for classes 0 and 1 pass `labels.astype(jnp.int32)`."

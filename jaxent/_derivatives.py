@@ -51,6 +51,25 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """`rule`, a custom_vjp function whose backward is a loop, which has no transpose; forward mode is told what works."""
+
+    def function(*args: Any) -> Any:
+        try:
+            return rule(*args)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "jaxent: results per row of a `LinearLogits`, and those by blocks of classes or of a split class axis, "
+                "have no forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`). What works: reverse mode (`jax.grad`, "
+                "`jax.vjp`, `jax.jacrev`); forward over reverse (`jax.jvp` of `jax.grad`, `jax.hessian`); `jax.jvp` of a "
+                '`reduction="mean"` or "sum" by blocks of rows (a larger `block_bytes`); or logits as an array (`.dense()`).'
+            ) from error
+
+    return function
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Join:

@@ -300,7 +300,7 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
             case "log_prob" | "weighted_log_prob" if whole.label_logit is not None:
                 found[name] = -((m - whole.label_logit) + log_t)
                 if name == "weighted_log_prob" and whole.label_weight is not None:
-                    found[name] = product_or_zero(whole.label_weight, found[name])
+                    found[name] = whole.label_weight * limit(whole.label_weight, found[name])
             case "log_prob":
                 found[name] = expectation(whole.distribution)
             case "weighted_log_prob":

@@ -92,7 +92,7 @@ READS = {
     "log_prob": lambda s: -s.log_prob,
     "entropy": lambda s: -s.log_prob - s.entropy,
     "mean_log_prob": lambda s: -s.log_prob - s.mean_log_prob,
-    "rank": lambda s: -s.log_prob - s.rank,
+    "rank": lambda s: -s.log_prob - s.rank.astype(jnp.float32),
     "prediction": lambda s: -s.log_prob - s.prediction,
 }
 
@@ -123,7 +123,7 @@ def test_statistics_that_are_not_read_cost_nothing(gradient):
 
 def test_a_field_that_is_read_and_thrown_away_costs_nothing():
     """Read but not used: XLA takes it out."""
-    f = functools.partial(jaxent.softmax_loss, lambda s: -s.log_prob + 0 * jnp.zeros_like(s.rank))
+    f = functools.partial(jaxent.softmax_loss, lambda s: -s.log_prob + jnp.zeros_like(s.rank, jnp.float32))
     cost = jax.jit(f).lower(*shapes(64, 4096)).compile(FULL).cost_analysis()
     assert cost["flops"] / (64 * 4096) == pytest.approx(operations("log_prob", False)[0], rel=1e-2)
 
@@ -138,7 +138,7 @@ def instructions(f, *arguments):
 def test_checks_that_nobody_asked_for_compile_to_nothing(classes, gradient, monkeypatch):
     def f(z, y):
         loss = jaxent.softmax_cross_entropy(z, y, ignore_index=-1, reduction="sum")
-        return loss + jaxent.softmax_loss(lambda s: s.rank + s.log_prob, z, y)
+        return loss + jaxent.softmax_loss(lambda s: s.rank.astype(s.log_prob.dtype) + s.log_prob, z, y)
 
     def count():
         g = lambda z, y: f(z, y)  # noqa: E731  (a new function, or jax takes the trace it has)

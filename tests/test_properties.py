@@ -171,11 +171,11 @@ def merged(z, target, assignment, ct, order):
     for k in range(3):
         inside = assignment == k
         if target.ndim == 1:
-            hit = jnp.any((jnp.arange(V) == target[:, None]) & inside, -1)
+            hit = jnp.any((jnp.arange(V)[None] == target[:, None]) & inside[None], -1)
             label = jnp.where(hit, target, V + 1)  # V + 1: in another block
             blocks.append(Block(z, label, None, None, inside))
         else:
-            blocks.append(Block(z, None, jnp.where(inside, target, 0), None, inside))
+            blocks.append(Block(z, None, jnp.where(inside[None], target, 0), None, inside))
     parts = [partial_statistics(NAMES, block) for block in blocks]
     if order == "left":
         whole = merge(merge(parts[0], parts[1]), parts[2])
@@ -184,7 +184,7 @@ def merged(z, target, assignment, ct, order):
     found = finish(NAMES, whole)
     g = dict(zip(NAMES, ct, strict=True))
     gradient = sum(
-        jnp.where(assignment == k, logits_gradient(blocks[k], whole, found["entropy"], g), 0)
+        jnp.where((assignment == k)[None], logits_gradient(blocks[k], whole, found["entropy"], g), 0)
         for k in range(3)
     )
     return found, gradient

@@ -132,11 +132,12 @@ def check_statistics(case, dtype, source):
     # log-sum-exp has the rounding of the largest logit
     size = np.maximum(np.abs(want.log_normalizer), np.abs(built.logits).max() if case.offset else 1)
     harness.assert_within(got["log_normalizer"], want.log_normalizer, 4 * harness.spacing(size, dtype))
-    assert (got["prediction"] == np.where(where, want.prediction, 0)).all()
+    assert (got["prediction"] == np.where(where, want.prediction, -1)).all()
     if want.rank is None:
         assert got["rank"] is None
     else:
-        assert (got["rank"] == np.where(where, want.rank, 0)).all()
+        classes = built.logits.shape[built.options.get("axis", -1)]
+        assert (got["rank"] == np.where(where, want.rank, classes)).all()
         assert got["rank"].dtype == got["prediction"].dtype == np.int32
 
 

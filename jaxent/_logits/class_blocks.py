@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._derivatives import Moving, instantiate, stopping_early, values_and_moving, varying_like
+from .._derivatives import (
+    Moving,
+    instantiate,
+    reverse_mode_only,
+    stopping_early,
+    values_and_moving,
+    varying_like,
+)
 from .._reduction import keep
 from .._statistics import (
     INTEGER_STATISTICS,
@@ -117,7 +124,7 @@ def all_classes(
 
 
 def _apply(static: Static, inputs: Inputs) -> Any:
-    return _rule(static, varying_like(inputs, inputs))
+    return reverse_mode_only(_rule)(static, varying_like(inputs, inputs))
 
 
 def _primal(static: Static, inputs: Inputs) -> Any:

@@ -146,7 +146,7 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     tops = jnp.max(groups, -1)  # [..., G]
     g = jnp.argmax(tops, -1)[..., None]
     m = jnp.take_along_axis(tops, g, -1)  # the maximum of maxima XLA would take from the logits once more
-    other = lanes(tops) != g
+    other = lanes(tops, g.dtype) != g
     m_other = jnp.max(jnp.where(other, tops, lowest(z.dtype)), -1, keepdims=True)
     sums = jnp.sum(jnp.exp(groups - m_other[..., None]), -1)  # of the group of m it may be inf
     others = jnp.sum(jnp.where(other, sums, 0), -1) * exp_difference(m_other, m)[..., 0]

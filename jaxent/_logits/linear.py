@@ -12,7 +12,7 @@ from jax import Array
 
 from .. import _contracts as contracts
 from .._contracts import Number
-from .._numerics import accumulation_dtype, as_dtype, over_rows
+from .._numerics import accumulation_dtype, as_dtype, common_dtype, over_rows
 from .._reduction import keep
 
 BLOCK_BYTES = 128 * 2**20
@@ -188,14 +188,8 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
 
 def product(block: LinearLogits) -> Array:
     """hidden @ kernel, summed in the accumulation dtype."""
-    hidden, kernel = _promoted(block)
+    hidden, kernel = _of_one_dtype(block.hidden, block.kernel)
     return jnp.matmul(hidden, kernel, precision=block.precision, preferred_element_type=block.dtype)
-
-
-def _promoted(block: LinearLogits) -> tuple[Array, Array]:
-    """Operands of one dtype, as jax promotes them unless it is told not to."""
-    dtype = jnp.promote_types(block.hidden.dtype, block.kernel.dtype)
-    return block.hidden.astype(dtype), block.kernel.astype(dtype)
 
 
 def from_product(block: LinearLogits, z: Array, class_mask: Array | None = None) -> Array:
@@ -249,7 +243,11 @@ def moving_options(moves: LinearLogits, block: LinearLogits) -> dict[str, Array]
     return {name: getattr(block, name) for name in OPTIONS if getattr(moves, name) is True}
 
 
-def _einsum(block: LinearLogits, subscripts: str, *operands: Array) -> Array:
-    dtype = jnp.promote_types(operands[0].dtype, operands[1].dtype)
-    operands = tuple(x.astype(dtype) for x in operands)
-    return jnp.einsum(subscripts, *operands, precision=block.precision, preferred_element_type=block.dtype)
+def _einsum(block: LinearLogits, subscripts: str, a: Array, b: Array) -> Array:
+    a, b = _of_one_dtype(a, b)
+    return jnp.einsum(subscripts, a, b, precision=block.precision, preferred_element_type=block.dtype)
+
+
+def _of_one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
+    dtype = common_dtype(a.dtype, b.dtype)
+    return a.astype(dtype), b.astype(dtype)

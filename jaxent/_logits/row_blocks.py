@@ -17,6 +17,7 @@ from .._derivatives import (
     Moving,
     instantiate,
     is_symbolic_zero,
+    reverse_mode_only,
     stopping_early,
     values_and_moving,
     varying_like,
@@ -64,7 +65,7 @@ class Summed(NamedTuple):
 
 def map_rows(fn: BlockFunction, size: int, inputs: Inputs) -> tuple[Any, Any]:
     """`fn` of all rows: results `[N]`, 0 in rows that do not count."""
-    return _mapped((fn, size), varying_like(inputs, inputs))
+    return reverse_mode_only(_mapped)((fn, size), varying_like(inputs, inputs))
 
 
 def sum_rows(fn: BlockFunction, size: int, inputs: Inputs, weights: Array) -> Array:
@@ -117,7 +118,7 @@ def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, A
 def _summed_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs, Array]:
     gradients, losses, dtypes, of_weights = residuals
     g = instantiate(g)
-    return _cast(jax.tree.map(lambda x: g * x, gradients), dtypes), _cast(g * losses, of_weights)
+    return _cast(jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), dtypes), _cast(g * losses, of_weights)
 
 
 _summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))

@@ -129,7 +129,7 @@ def _finish(
             case "log_prob" | "weighted_log_prob" if label_log_prob is not None:
                 found[name] = label_log_prob
                 if name == "weighted_log_prob" and "label_weight" in sums:
-                    found[name] = product_or_zero(sums["label_weight"], found[name])
+                    found[name] = sums["label_weight"] * limit(sums["label_weight"], found[name])
             case "log_prob":
                 found[name] = expectation(sums["distribution"])
             case "weighted_log_prob":
