@@ -155,7 +155,7 @@ def number(
         check_number(function, argument, value, low, high, remedy, above=above)
         return float(value)  # a numpy float64 would widen float32 under x64
     if not isinstance(value, jax.Array | np.ndarray) or not (is_floating(value) or is_integer(value)):
-        fail(TypeError, function, argument, "a real number or an array of one", what_came(value), remedy)
+        fail(TypeError, function, argument, "a number or an array of one", what_came(value), remedy)
     if not has_shape(value, ()) and not (shape and has_shape(value, shape)):
         expected = "of shape []" + (f" or {list(shape)}" if shape else "")
         fail(ValueError, function, argument, expected, describe(value), remedy)

@@ -318,7 +318,7 @@ def take_class(x: Array, label: Array) -> Array:
     """x[label] of `[V]` values, bools or floats; 0 for a label outside [0, V)."""
     if spread((x, label)).possible > 1:  # as `Block.hit`
         x = over_rows(x, label.ndim + 1)
-        return jnp.sum(jnp.where(lanes(x) == label[..., None], x, 0), -1, dtype=x.dtype)
+        return jnp.sum(jnp.where(lanes(x) == label[..., None], x, jnp.zeros_like(x)), -1, dtype=x.dtype)
     lane = jnp.clip(label, 0, x.shape[0] - 1)
     return jnp.where(label == lane, x[lane], jnp.zeros((), x.dtype))
 

@@ -76,7 +76,7 @@ def options_plain(z, label, where, weights):
     w = class_weights(z)
     smooth = jnp.mean(jnp.broadcast_to(w, z.shape) * nn.log_softmax(z), -1)
     z_loss = 0.01 * w[label] * nn.logsumexp(z, -1) ** 2
-    return where * weights * (z_loss - 0.9 * w[label] * log_prob(z, label) - 0.1 * smooth)
+    return where.astype(z.dtype) * weights * (z_loss - 0.9 * w[label] * log_prob(z, label) - 0.1 * smooth)
 
 
 def class_weights(z: jax.Array) -> jax.Array:

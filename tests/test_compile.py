@@ -93,7 +93,7 @@ READS = {
     "entropy": lambda s: -s.log_prob - s.entropy,
     "mean_log_prob": lambda s: -s.log_prob - s.mean_log_prob,
     "rank": lambda s: -s.log_prob - s.rank.astype(jnp.float32),
-    "prediction": lambda s: -s.log_prob - s.prediction,
+    "prediction": lambda s: -s.log_prob - s.prediction.astype(jnp.float32),
 }
 
 

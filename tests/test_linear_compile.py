@@ -150,7 +150,7 @@ def test_blocks_in_which_no_row_counts_are_not_run(share, differentiated, force)
 
 def statistics(hidden, kernel, bias, label):
     s = jaxent.softmax_statistics(jaxent.LinearLogits(hidden, kernel, bias), label)
-    return sum(jnp.vdot(ROWS, x) for x in jax.tree.leaves(s))
+    return sum(jnp.vdot(ROWS, x.astype(ROWS.dtype)) for x in jax.tree.leaves(s))
 
 
 def divergence(name, reduction):

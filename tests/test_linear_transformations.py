@@ -40,7 +40,7 @@ def logits(hidden, kernel, bias):
 
 
 def plain_logits(hidden, kernel, bias):
-    return 3 * jnp.tanh((hidden @ kernel + bias) / 3) / 0.7
+    return 3 * jnp.tanh((hidden @ kernel + bias[None]) / 3) / 0.7
 
 
 def policy(s, advantage, scale):
@@ -65,10 +65,10 @@ def plain(reduction, hidden, kernel, bias, advantage, scale, weights, label, whe
     s = jaxent.SoftmaxStatistics(
         log_prob=log_prob(z, label), entropy=entropy(z), log_normalizer=nn.logsumexp(z, -1)
     )
-    losses = where * weights * policy(s, advantage, scale)
+    losses = jnp.where(where, weights, 0) * policy(s, advantage, scale)
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (where * weights).sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / jnp.where(where, weights, 0).sum()
 
 
 def scalar(f, reduction, label, where):
@@ -77,7 +77,7 @@ def scalar(f, reduction, label, where):
     def g(*moving):
         losses = f(reduction, *moving, label, where)
         return jnp.vdot(
-            losses, jnp.cos(2.0 * jnp.arange(losses.size)).astype(losses.dtype).reshape(losses.shape)
+            losses, jnp.cos(2.0 * jnp.arange(losses.size, dtype=losses.dtype)).reshape(losses.shape)
         )
 
     return g

@@ -37,14 +37,14 @@ MIXING = {
     "a choice by number": lambda s, x, p: (
         p * (s.log_prob - 2 * s.entropy if s.log_prob.size > 5 else s.entropy - 2 * s.log_prob)
     ),
-    "position": lambda s, x, p: p * s.log_prob * jnp.arange(s.log_prob.size).reshape(s.log_prob.shape),
+    "position": lambda s, x, p: p * s.log_prob * jnp.arange(1.0 * s.log_prob.size).reshape(s.log_prob.shape),
     "clipped cotangent": lambda s, x, p: clipped(p * s.log_prob),
     "clipped parameter": lambda s, x, p: clipped(p) * s.log_prob,
     "mixing tangent": lambda s, x, p: centred(p * s.log_prob),
     "sorted": lambda s, x, p: p * jnp.sort(s.log_prob, 0),
     "cumulative": lambda s, x, p: p * jnp.cumsum(s.log_prob, 0),
     "loop": lambda s, x, p: p * jax.lax.fori_loop(0, 2, lambda _, y: jnp.roll(y, 1), s.log_prob),
-    "values per row": lambda s, x, p: p * s.log_prob * jnp.asarray(np.arange(N).reshape(s.log_prob.shape)),
+    "values per row": lambda s, x, p: p * s.log_prob * jnp.asarray(np.arange(1.0 * N), jnp.float32).reshape(s.log_prob.shape),
 }
 APART = {
     "plain": lambda s, x, p: p * s.log_prob,

@@ -64,11 +64,11 @@ def loss(reduction, layer, label, options, dense):
     logits = jaxent.LinearLogits(*layer)
     if dense:
         hidden = jnp.where(options["where"][..., None], logits.hidden, 0)
-        logits = hidden @ logits.kernel + logits.bias
+        logits = hidden @ logits.kernel + jnp.expand_dims(logits.bias, range(logits.ndim - 1))
     found = jaxent.softmax_cross_entropy(
         logits, label, **options, label_smoothing=0.1, z_loss=0.01, reduction=reduction
     )
-    return jnp.sum(found * jnp.cos(jnp.arange(found.shape[-1]))) if found.ndim else found
+    return jnp.sum(found @ jnp.cos(jnp.arange(1.0 * found.shape[-1]))) if found.ndim else found
 
 
 value_and_grad = jax.value_and_grad(loss, 1)

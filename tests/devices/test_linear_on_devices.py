@@ -50,7 +50,7 @@ def expected():
     where = rest[-1]
 
     def dense(hidden, kernel, bias, label, where):
-        z = hidden @ kernel + bias
+        z = hidden @ kernel + bias[None]
         return jaxent.softmax_cross_entropy(z, label, where=where, reduction="sum", label_smoothing=0.1)
 
     hidden = jnp.where(where[:, None], hidden, 0)

@@ -285,7 +285,7 @@ def test_uneven_vocabulary_by_padding():
     layer, label, _, _ = arrays()
     hidden, kernel, bias = layer
     label = label % 45
-    want = jaxent.softmax_cross_entropy(hidden @ kernel[:, :45] + bias[:45], label, label_smoothing=0.1)
+    want = jaxent.softmax_cross_entropy(hidden @ kernel[:, :45] + bias[None, :45], label, label_smoothing=0.1)
 
     def f(hidden, kernel, bias, mask):
         logits = jaxent.LinearLogits(hidden, kernel, bias)
