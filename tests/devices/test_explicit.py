@@ -1,0 +1,103 @@
+"""Explicit meshes, in `jax.set_mesh` and without: what comes beside the logits may be split in another way."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import harness
+import jaxent
+
+N, D, V = 8, 4, 12
+SOURCES = ("dense", *harness.LINEAR)
+# of hidden, kernel, and what belongs to rows and classes
+SPLITS = {
+    "rows": (P("rows"), P(), P("rows"), P()),
+    "both": (P("rows"), P(None, "classes"), P("rows"), P("classes")),
+    "logits only": (P("rows"), P(None, "classes"), P(), P()),
+    "in one place": (P(), P(), P("rows"), P("classes")),
+    "like fully sharded data": (P("rows"), P("classes", "rows"), P("rows"), P("rows")),
+}
+
+
+@functools.cache
+def arrays():
+    rng = np.random.default_rng(6)
+    label = rng.integers(V, size=N).astype(np.int32)
+    q = rng.uniform(size=(N, V))
+    options = {
+        "where": np.arange(N) % 3 != 1,
+        "weights": np.float32(rng.uniform(0.5, 2, size=N) * (np.arange(N) != 4)),
+        "class_weights": np.float32(rng.uniform(0.5, 2, size=V)),
+        "class_mask": np.ones(V, bool),
+    }
+    options["class_mask"][5] = False
+    label[label == 5], q[:, 5] = 6, 0
+    hidden, kernel = np.float32(rng.normal(size=(N, D))), np.float32(rng.normal(size=(D, V)))
+    return hidden, kernel, label, np.float32(q / q.sum(-1, keepdims=True)), options
+
+
+def losses(source, hidden, kernel, label, q, options):
+    """Options alone and together, of each kind of label."""
+    logits = jaxent.LinearLogits(hidden, kernel) if source != "dense" else hidden @ kernel
+    where, weights = options["where"], options["weights"]
+    class_weights, class_mask = options["class_weights"], options["class_mask"]
+    return {
+        "where": jaxent.softmax_cross_entropy(logits, label, where=where, reduction="mean"),
+        "ignored": jaxent.softmax_cross_entropy(
+            logits, label, ignore_index=3, class_weights=class_weights, label_smoothing=0.1, reduction="mean"
+        ),
+        "distribution": jaxent.softmax_focal_loss(
+            logits, q, where=where, weights=weights, class_weights=class_weights, class_mask=class_mask
+        ),
+        "function": jaxent.softmax_loss(
+            lambda s, a: a * s.log_prob * s.entropy, logits, label, weights, where=where, reduction="sum"
+        ),
+    }
+
+
+def gradients(source, hidden, kernel, label, q, options):
+    """Of all of them together, by all that is float."""
+
+    def total(hidden, kernel, q, weights):
+        found = losses(source, hidden, kernel, label, q, options | {"weights": weights})
+        return sum(jnp.sum(x) * np.cos(float(i)) for i, x in enumerate(found.values()))
+
+    return jax.grad(total, (0, 1, 2, 3))(hidden, kernel, q, options["weights"])
+
+
+@functools.cache
+def expected():
+    both = lambda *a: (losses("dense", *a), gradients("dense", *a))  # noqa: E731
+    return jax.jit(both, compiler_options=harness.QUICK)(*arrays())
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "in_context"),
+    [
+        *(("dense", split, True) for split in list(SPLITS)[:-1]),
+        *((source, "logits only", False) for source in SOURCES),
+        *((source, split, True) for source in harness.LINEAR for split in ("rows", "logits only")),
+        ("rows", "like fully sharded data", True),
+    ],
+)
+def test_what_is_split_otherwise(source, split, in_context):
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"))
+    hidden, kernel, of_rows, of_classes = SPLITS[split]
+    options = {name: of_classes if name.startswith("class") else of_rows for name in arrays()[-1]}
+    specs = (hidden, kernel, of_rows, of_rows, options)
+    put = jax.device_put(arrays(), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext(), harness.blocks(source):
+        both = lambda *a: (losses(source, *a), gradients(source, *a))  # noqa: E731
+        found, slopes = jax.jit(both, compiler_options=harness.QUICK)(*put)
+    for key, want in expected()[0].items():
+        np.testing.assert_allclose(found[key], want, rtol=1e-5, atol=1e-5, err_msg=str(key))
+    inputs = put[0], put[1], put[3], put[4]["weights"]
+    for x, slope, want in zip(inputs, slopes, expected()[1], strict=True):
+        np.testing.assert_allclose(slope, want, rtol=1e-4, atol=1e-4)
+        assert slope.sharding.is_equivalent_to(x.sharding, x.ndim)
