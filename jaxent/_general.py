@@ -40,7 +40,7 @@ def softmax_loss(
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None: then no field that needs a label.
       *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs. Where a row does
-        not count `fn` sees 0 instead. An array of another leading shape is passed as it is; better close over
+        not count `fn` sees 0 instead, and the statistics of a row of equal logits. An array of another leading shape is passed as it is; better close over
         what is no row argument, a table may have as many entries as there are rows.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
@@ -62,7 +62,7 @@ def softmax_loss(
     Numerics:
       The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
       that do not count contribute exactly 0, even if `fn` makes NaN of them (but what `fn` closes over gets a NaN
-      gradient if the derivative of `fn` at 0 is not finite).
+      gradient if `fn` is singular at row arguments of 0). A row of weight 0 for which `fn` is not finite does not count.
 
     Cost:
       That of the statistics that `fn` reads. `LinearLogits`: 3 matmuls with gradients, if the loss is reduced and
@@ -122,14 +122,14 @@ def softmax_statistics(
         log_normalizer = log sum_j exp(logits_j)         entropy = -sum_j p_j log p_j
         prediction = argmax_j logits_j                   rank = how many logits are larger than the label's
 
-    Accuracy is `jnp.mean(prediction == labels)`, top-k accuracy `jnp.mean(rank < k)`.
+    Accuracy is `jaxent.mean(prediction == labels, where=where)`, top-k accuracy `jaxent.mean(rank < k, where=where)`.
 
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None.
       names: the fields to compute; the others are None. Default: all that the labels allow.
       axis: the class axis.
-      where: bool `[...]`; the statistics of a False row are 0.
+      where: bool `[...]`; a False row has 0 in real fields, prediction -1 and rank V: it is no hit.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
       class_axis_name: of a mapped axis along which the classes are split.
 
@@ -144,11 +144,12 @@ def softmax_statistics(
 
     Numerics:
       As `softmax_cross_entropy`: `log_prob` and `entropy` are accurate for confident rows. A bad label makes
-      the real fields of its row NaN and its rank V.
+      the real fields of its row NaN and its rank V. Of several largest logits the first is the prediction; classes whose
+      logit equals the label's do not count for its rank.
 
     Cost:
       Two passes over the logits for `log_prob`, about one more for each other field in `names`. `LinearLogits`: 1
-      matmul for all fields, 3 more for their gradients.
+      matmul for all fields (1 more for `rank` in blocks of classes), 3 more for their gradients.
 
     Raises:
       TypeError: as `softmax_cross_entropy`.

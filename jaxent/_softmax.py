@@ -42,7 +42,7 @@ def softmax_cross_entropy(
         loss = -(1 - a) sum_j w_j q_j log p_j - a/V sum_j w_j log p_j + z_loss lse^2    labels: a distribution q
 
     `reduction="mean"` is sum(weights * loss) / sum(weights * w_y) over the rows that count; for distributions w_y
-    is 1 there.
+    is 1 there. A row with w_y = 0 is gone without smoothing; with it the other classes' part is left.
 
     Args:
       logits: `[..., V]`, floating point: any real numbers. The softmax happens inside. Or `LinearLogits`.
@@ -50,10 +50,11 @@ def softmax_cross_entropy(
       axis: the class axis.
       where: bool `[...]`; a False row is gone, even if it holds NaN or a bad label.
       ignore_index: rows with this integer label are gone as well.
-      weights: real `[...]`, a factor per row; a row of weight 0 is gone.
+      weights: real `[...]`, a factor per row; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
       class_weights: real `[V]`, a constant factor per class, as in torch.nn.functional.cross_entropy.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
-      label_smoothing: a in [0, 1]: how much of the label is spread evenly over the classes in force.
+      label_smoothing: a in [0, 1]: how much of the label is spread evenly over the classes in force. Like `z_loss` a
+        Python number, which is part of the program, or an array `[]`, which may be annealed or mapped over.
       z_loss: >= 0, the factor of the squared log-normalizer, which keeps logits from drifting.
       reduction: "none" (one loss per row), "sum" or "mean".
       class_axis_name: of a mapped axis (shard_map, pmap, vmap) along which the classes are split: each device has
@@ -65,14 +66,16 @@ def softmax_cross_entropy(
 
     Gradients:
       p - onehot(labels) times the row's weight, for the plain loss, in the dtype of `logits`. A distribution gets
-      -log p. Forward mode and higher orders work too (`LinearLogits` has its limits). `class_weights` are
-      constants.
+      -log p, 0 where it is 0 and log p = -inf. `weights` get the loss of their row, or (loss - mean) / sum(weights), also
+      where they are 0 (0 without an answer). Options that are arrays are differentiated; `class_weights` are constants.
+      Forward mode and higher orders work too (`LinearLogits` has its limits).
 
     Numerics:
       Computed in float32 (float64 for float64), accurate to a few ulp down to losses of 1e-30, where
       log_softmax gives 0. A label outside [0, V), or on a class that is not in force, makes its row's loss and
       gradient NaN; labels known on the host raise at once; `checkify` shows bad ones in compiled code. A NaN or
-      +inf logit makes its row NaN; -inf is probability 0. A distribution is used as it is, whatever its sum.
+      +inf logit makes its row NaN; -inf is probability 0. A distribution is used as it is, whatever its sum. An option
+      that is an array and out of its range makes the loss NaN.
 
     Cost:
       Forward two passes over the logits, backward one; no array of N x V but the gradient. A distribution, a
@@ -140,7 +143,7 @@ def softmax_focal_loss(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
-      gamma: >= 0; 0 is the cross-entropy.
+      gamma: >= 0, a number or an array `[]`; 0 is the cross-entropy.
       axis: as in `softmax_cross_entropy`, like all that follow.
       where: bool `[...]`.
       ignore_index: an integer label to leave out.
@@ -226,7 +229,7 @@ def softmax_poly_loss(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
-      epsilon: >= -1, the factor of the first polynomial term; 0 is the cross-entropy.
+      epsilon: >= -1, the factor of the first polynomial term, a number or an array `[]`; 0 is the cross-entropy.
       axis: as in `softmax_cross_entropy`, like all that follow.
       where: bool `[...]`.
       ignore_index: an integer label to leave out.

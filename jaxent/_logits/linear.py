@@ -50,17 +50,18 @@ class LinearLogits:
       Of `hidden`, `kernel` and `bias`, and of a temperature or softcap that is an array, each in its dtype, summed in
       float32 over rows and blocks. What is not differentiated (a frozen kernel) costs no matmul. To any order; forward over reverse (`jax.jvp` of
       `jax.grad`, `jax.hessian`) everywhere. `jax.jvp` of the loss itself: of sums in blocks of rows, else a
-      TypeError of jax.
+      TypeError.
 
     Numerics:
       Operands of mixed dtypes are promoted as in `jnp.matmul`; products are summed to float32, and everything up
       to the gradient of the logits is float32. For the two matmuls of the backward that is rounded to bfloat16
-      where both operands are. In blocks of classes the label's logit is a product of its own for `rank`: logits
-      that are equal up to rounding may be ranked either way.
+      where both operands are. What a hidden row, or a column that `class_mask` hides, holds stays there. A temperature or
+      softcap that is an array and out of its range makes its rows NaN.
 
     Cost:
       2 N D V operations a matmul. `reduction="mean"` or "sum": 3 matmuls with gradients, 1 without. "none", or few
-      rows and very many classes: 4. Blocks in which no row counts are left out.
+      rows and very many classes: 4. Blocks in which no row counts are left out; in a reduced loss also those whose weights
+      are all 0.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
