@@ -1,5 +1,6 @@
 """Information measures of one or two softmax distributions, from logits."""
 
+import functools
 import math
 
 import jax
@@ -8,14 +9,18 @@ import numpy as np
 from jax import Array, lax
 
 from . import _contracts as contracts
+from ._devices import ALL, CLASSES, ROWS, split_as
 from ._log_ratio import Pair, Static, divergence, divergence_of_layers
+from ._logits.explicit import sharding_of
 from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
-from ._objective import check_class_mask, check_logits, objective
-from ._reduction import reduce, row_weights, scale_of_rows
+from ._objective import _has_answer, check_class_mask, check_logits, objective
+from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
+from ._statistics import Block
 
 
+@contracts.takes_arrays
 def softmax_entropy(
     logits: Array | LinearLogits,
     *,
@@ -81,11 +86,12 @@ def softmax_entropy(
     )
 
 
+@contracts.takes_arrays
 def softmax_kl_divergence(
     logits: Array | LinearLogits,
     target_logits: Array | LinearLogits,
     *,
-    temperature: float = 1.0,
+    temperature: contracts.Number = 1.0,
     axis: int = -1,
     where: Array | None = None,
     weights: Array | None = None,
@@ -157,11 +163,12 @@ def softmax_kl_divergence(
     )
 
 
+@contracts.takes_arrays
 def softmax_js_divergence(
     logits: Array | LinearLogits,
     target_logits: Array | LinearLogits,
     *,
-    temperature: float = 1.0,
+    temperature: contracts.Number = 1.0,
     axis: int = -1,
     where: Array | None = None,
     weights: Array | None = None,
@@ -234,7 +241,7 @@ def _divergence(
     function: str,
     logits: Array | LinearLogits,
     target_logits: Array | LinearLogits,
-    temperature: float,
+    temperature: contracts.Number,
     axis: int,
     where: Array | None,
     weights: Array | None,
@@ -244,6 +251,7 @@ def _divergence(
     batch_axis_name: AxisName,
 ) -> Array:
     contracts.check_reduction(function, reduction)
+    contracts.check_axis_names(function, class_axis_name, batch_axis_name)
     check_logits(function, logits, axis)
     check_logits(function, target_logits, axis, "target_logits")
     shape = np.shape(logits)
@@ -253,13 +261,12 @@ def _divergence(
         contracts.fail(
             ValueError, function, "target_logits", expected, contracts.describe(target_logits), remedy
         )
-    contracts.check_number(
-        function, "temperature", temperature, 0, math.inf, "1 leaves the logits as they are."
-    )
-    remedy = "The limit at 0 is the argmax, which has no gradient."
-    contracts.check_option(function, "temperature", temperature, temperature > 0, "positive", remedy)
     rows = tuple(np.delete(shape, axis).tolist())
-    counts, weights = row_weights(function, rows, where, weights)
+    remedy = "It divides both logits: small ones come near the argmax, which has no gradient."
+    temperature = contracts.number(
+        function, "temperature", temperature, 0, math.inf, remedy, above=True, shape=rows
+    )
+    where, weights = row_weights(function, rows, where, weights)
     if class_mask is not None:
         check_class_mask(function, class_mask, shape, shape[axis])
         class_mask = jnp.asarray(class_mask)
@@ -270,8 +277,26 @@ def _divergence(
         else jnp.moveaxis(_array(z), axis, -1)
         for z in (logits, target_logits)
     )
-    pair = Pair(z_p, z_q, class_mask, counts)
-    static = Static("kl" if function == "softmax_kl_divergence" else "js", float(temperature))
+    sharding = sharding_of(z_p, z_q)
+    z_p, z_q = (z if isinstance(z, LinearLogits) else split_as(sharding, ALL, z) for z in (z_p, z_q))
+    where, weights = (split_as(sharding, ROWS, x) for x in (where, weights))
+    if class_mask is not None:
+        class_mask = split_as(sharding, CLASSES if class_mask.ndim == 1 else ALL, class_mask)
+    static = Static("kl" if function == "softmax_kl_divergence" else "js", 1.0)
+    of_rows = None
+    if isinstance(temperature, float):
+        static = static._replace(temperature=temperature)
+    else:
+        of_rows = split_as(sharding, ROWS, jnp.broadcast_to(temperature, rows))
+
+    def has_answer() -> Array:
+        blocks = (Block(z, class_mask=class_mask) for z in (z_p, z_q))
+        found = functools.reduce(both, (_has_answer(block, class_axis_name) for block in blocks))
+        return found if of_rows is None else found & ~jnp.isnan(of_rows)
+
+    counts = rows_that_count(where, weights, has_answer)
+    of_rows = None if of_rows is None else keep(counts, of_rows, 1)
+    pair = Pair(z_p, z_q, class_mask, counts, of_rows)
     if not pair.layers:
         losses = divergence(static, pair, class_axis_name)
     elif reduction == "none":
