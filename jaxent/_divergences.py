@@ -1,6 +1,5 @@
 """Information measures of one or two softmax distributions, from logits."""
 
-import functools
 import math
 
 import jax
@@ -16,7 +15,7 @@ from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
 from ._objective import _has_answer, check_class_mask, check_logits, objective
-from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
+from ._reduction import keep, reduce, row_weights, rows_that_count, scale_of_rows
 from ._statistics import Block
 
 
@@ -291,8 +290,8 @@ def _divergence(
 
     def has_answer() -> Array:
         blocks = (Block(z, class_mask=class_mask) for z in (z_p, z_q))
-        found = functools.reduce(both, (_has_answer(block, class_axis_name) for block in blocks))
-        return found if of_rows is None else found & ~jnp.isnan(of_rows)
+        of_p, of_q = (split_as(sharding, ROWS, _has_answer(block, class_axis_name)) for block in blocks)
+        return of_p & of_q if of_rows is None else of_p & of_q & ~jnp.isnan(of_rows)
 
     counts = rows_that_count(where, weights, has_answer)
     of_rows = None if of_rows is None else keep(counts, of_rows, 1)

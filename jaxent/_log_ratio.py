@@ -33,7 +33,6 @@ from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
 from ._numerics import (
     accumulation_dtype,
-    as_dtype,
     divided,
     exp_difference,
     lowest,
@@ -77,7 +76,7 @@ class Whole(NamedTuple):
 
     p: Normalizer
     q: Normalizer
-    ratio: Array  # K - 1, of the normalizers; -1 where most of q is far from p
+    ratio: Array | None  # K - 1, of the normalizers; -1 where most of q is far from p
     sums: tuple[Array, ...]  # the divergence, and what else its gradient needs
 
 
@@ -174,13 +173,14 @@ def _first(
         if axis_name is not None:
             own, m = m, lax.pmax(m, axis_name)
             holds = own == m
-            by = static.temperature if temperature is None else as_dtype(temperature, m.dtype)
+            by = static.temperature if temperature is None else temperature.astype(m.dtype)
             rest = jnp.where(holds, rest, product_or_zero(exp_difference(own, m, by), 1 + rest))
             rest, holders = lax.psum((rest, holds.astype(m.dtype)), axis_name)
             rest += holders - 1
         return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), rest)
 
-    return Whole(*map(of_all, sums), None, ())
+    of_p, of_q = map(of_all, sums)
+    return Whole(of_p, of_q, None, ())
 
 
 def _second_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Array]:
@@ -217,7 +217,7 @@ def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
         z_p, z_q = (jnp.where(mask, z, -jnp.inf) for z in (z_p, z_q))
     if pair.temperature is None:
         return z_p, z_q, static.temperature
-    return z_p, z_q, as_dtype(pair.temperature, dtype)[..., None]
+    return z_p, z_q, pair.temperature.astype(dtype)[..., None]
 
 
 def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
