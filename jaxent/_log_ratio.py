@@ -215,9 +215,11 @@ def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
     if pair.class_mask is not None:
         mask = over_rows(pair.class_mask, z_p.ndim)
         z_p, z_q = (jnp.where(mask, z, -jnp.inf) for z in (z_p, z_q))
-    if pair.temperature is None:
-        return z_p, z_q, static.temperature
-    return z_p, z_q, pair.temperature.astype(dtype)[..., None]
+    return z_p, z_q, _temperature(static, pair, dtype)
+
+
+def _temperature(static: Static, pair: Pair, dtype: Any) -> float | Array:
+    return static.temperature if pair.temperature is None else pair.temperature.astype(dtype)[..., None]
 
 
 def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
@@ -311,7 +313,6 @@ def _slope_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:
 
 def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]:
     pair, whole, moving = residuals
-    moves: Pair = moving.tree(pair)
     p, q, d, log_p, log_q = _log_ratio(static, pair, whole)
     sums = [x[..., None] for x in whole.sums]
     if static.kind == "kl":
@@ -322,22 +323,17 @@ def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]
     else:
         s, log_cosh = _half(d)
         bar_p, bar_q = p * ((-s - log_cosh) - sums[1]) / 2, q * ((s - log_cosh) - sums[2]) / 2
-    temperature = static.temperature if pair.temperature is None else pair.temperature
-    g = divided(instantiate(g), temperature)
-    gradients = Pair(bar_p * g[..., None], bar_q * g[..., None], None, None, None)
-    if moves.temperature:
-        slope = jnp.sum(bar_p * log_p + bar_q * log_q, -1)
-        gradients = gradients._replace(temperature=-g * slope)
+    g = instantiate(g)[..., None] / _temperature(static, pair, p.dtype)
+    bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
 
-    def of_counting_rows(x: Array, like: Array) -> Array:
-        counts = pair.counts if pair.counts is None or x.ndim == pair.counts.ndim else pair.counts[..., None]
-        return keep(counts, x).astype(like.dtype)
+    def gradient(moves: Any, x: Array, like: Any) -> Any:
+        if moves is not True:
+            return None
+        x = keep(None if pair.counts is None else pair.counts[..., None], x * g)
+        return (x if like.ndim == pair.p.ndim else x[..., 0]).astype(like.dtype)
 
-    wanted = [
-        of_counting_rows(x, like) if moves else None
-        for moves, x, like in zip(moves, gradients, pair, strict=True)
-    ]
-    return Pair(*wanted), None
+    slopes = Pair(bar_p, bar_q, None, None, bar_t)
+    return Pair(*map(gradient, moving.tree(pair), slopes, pair)), None
 
 
 _rule = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
