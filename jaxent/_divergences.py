@@ -15,7 +15,7 @@ from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
 from ._objective import _has_answer, check_class_mask, check_logits, objective
-from ._reduction import keep, reduce, row_weights, rows_that_count, scale_of_rows
+from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
 from ._statistics import Block
 
 
@@ -293,11 +293,15 @@ def _divergence(
         of_p, of_q = (split_as(sharding, ROWS, _has_answer(block, class_axis_name)) for block in blocks)
         return of_p & of_q if of_rows is None else of_p & of_q & ~jnp.isnan(of_rows)
 
-    counts = rows_that_count(where, weights, has_answer)
+    if isinstance(z_p, LinearLogits) or isinstance(z_q, LinearLogits):
+        counts = where if weights is None else both(where, weights != 0)
+    else:
+        counts = rows_that_count(where, weights, has_answer)
     of_rows = None if of_rows is None else keep(counts, of_rows, 1)
     pair = Pair(z_p, z_q, class_mask, counts, of_rows)
     if not pair.layers:
         losses = divergence(static, pair, class_axis_name)
+        counts = rows_that_count(counts, weights, lambda: jnp.isfinite(losses))
     elif reduction == "none":
         losses = divergence_of_layers(static, pair, class_axis_name)
     else:

@@ -204,8 +204,8 @@ def _third_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
     p, q, d, _, _ = _log_ratio(static, pair, whole)
     if static.kind == "kl":
         return (_kl(p, q, d),)
-    s, log_cosh = _half(d)
-    return _js(p, q, d), jnp.sum(p * (-s - log_cosh), -1), jnp.sum(q * (s - log_cosh), -1)
+    l_p, l_q = _against_mean(d)
+    return _js(p, q, d), jnp.sum(p * l_p, -1), jnp.sum(q * l_q, -1)
 
 
 def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
@@ -281,20 +281,33 @@ def _kl(p: Array, q: Array, d: Array) -> Array:
 
 def _js(p: Array, q: Array, d: Array) -> Array:
     """sum_j h_j (s_j tanh s_j - log cosh s_j), s = d / 2."""
-    s, log_cosh = _half(d)
-    a = jnp.abs(s)
+    a, near, s = _half(d)
     shrunk = jnp.exp(-2 * a)
     large = math.log(2) - jnp.log1p(shrunk) - 2 * a * shrunk / (1 + shrunk)
-    term = jnp.where(a < 1, s * jnp.tanh(s) - log_cosh, large)
-    return jnp.sum((p + q) / 2 * term, -1)
+    return jnp.sum((p + q) / 2 * jnp.where(near, s * jnp.tanh(s) - _log_cosh(s), large), -1)
 
 
-def _half(d: Array) -> tuple[Array, Array]:
-    """s = d / 2, within +-50, where exp(-2s) is nothing, and log cosh s."""
+def _against_mean(d: Array) -> tuple[Array, Array]:
+    """l_p and l_q: log 2 less what is small for the larger of both, and 2 |s| below that for the other."""
+    a, near, s = _half(d)
+    up = math.log(2) - jnp.log1p(jnp.exp(-2 * a))
+    down = up - 2 * a
+    log_cosh = _log_cosh(s)
+    return (
+        jnp.where(near, -s - log_cosh, jnp.where(d < 0, up, down)),
+        jnp.where(near, s - log_cosh, jnp.where(d < 0, down, up)),
+    )
+
+
+def _half(d: Array) -> tuple[Array, Array, Array]:
+    """|s| up to 50, where exp(-2 |s|) is nothing; whether it is small; and s, 0 where it is not."""
     s = jnp.clip(d / 2, -50, 50)
-    a = jnp.abs(s)
-    small = jnp.log1p(2 * jnp.sinh(jnp.where(a < 1, s, 0) / 2) ** 2)
-    return s, jnp.where(a < 1, small, a - math.log(2) + jnp.log1p(jnp.exp(-2 * a)))
+    near = jnp.abs(s) < 1
+    return jnp.abs(s), near, jnp.where(near, s, 0)
+
+
+def _log_cosh(s: Array) -> Array:
+    return jnp.log1p(2 * jnp.sinh(s / 2) ** 2)
 
 
 # The first derivative: a function that is 0 and has the slope of the divergence. The sums over all classes have no part
@@ -321,8 +334,8 @@ def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]
         # an infinite loss is so for all targets near this one
         bar_q = product_or_zero(q, jnp.where(sums[0] == jnp.inf, 0, d - sums[0]))
     else:
-        s, log_cosh = _half(d)
-        bar_p, bar_q = p * ((-s - log_cosh) - sums[1]) / 2, q * ((s - log_cosh) - sums[2]) / 2
+        l_p, l_q = _against_mean(d)
+        bar_p, bar_q = p * (l_p - sums[1]) / 2, q * (l_q - sums[2]) / 2
     g = instantiate(g)[..., None] / _temperature(static, pair, p.dtype)
     bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
 
