@@ -58,7 +58,8 @@ def softmax_entropy(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: a shape that does not match exactly; an unknown reduction.
+      ValueError: a shape that does not match exactly; an unknown reduction; an axis that is `class_axis_name` and
+        `batch_axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -108,11 +109,12 @@ def softmax_kl_divergence(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`: the model.
       target_logits: the shape of `logits`, or `LinearLogits`: the target. Stop its gradient where it is a teacher.
-      temperature: T > 0, divides both.
+      temperature: T > 0, divides both: a Python number, or an array `[]` or `[...]`, one per row, which is a value: it
+        may be traced, and be another one each time without a new compilation.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
-      weights: real `[...]`, a factor per row.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both.
+      weights: real `[...]`, a factor per row; of weight 0 a row adds nothing, even if it holds NaN.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both, even if it holds NaN.
       reduction: "none", "sum" or "mean" (sum(weights * loss) / sum(weights)).
       class_axis_name: of a mapped axis along which the classes of both are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -121,13 +123,15 @@ def softmax_kl_divergence(
       Divergences in nats, `[...]` or a scalar: float32, or float64 if one of the logits is.
 
     Gradients:
-      (p - q) / T to `logits` and q_j (log(q_j / p_j) - loss) / T to `target_logits`, each in its own dtype; any
-      order, forward mode too.
+      (p - q) / T to `logits` and q_j (log(q_j / p_j) - loss) / T to `target_logits`, each in its own dtype; to a
+      temperature that is an array; the loss to the weights, also to one of 0. Any order, forward mode too. A row whose
+      loss is +inf has a gradient of 0 to `target_logits`: it is as infinite for all targets near this one.
 
     Numerics:
       With d = log(q / p), taken from differences of logits, the loss is sum_j q_j (d_j + expm1(-d_j)), each term
-      >= 0: about 1e-3 relative at a divergence of 4e-9, where the naive form is off by more than its value.
-      A class with p = 0 < q gives +inf; q = 0 gives 0.
+      >= 0: about 1e-6 relative down to a divergence of 4e-9, where the naive form is off by more than its value; also
+      where all logits of one of both are shifted. A class with p = 0 < q gives +inf; q = 0 gives 0. A temperature
+      in an array that is not positive and finite gives NaN.
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
@@ -135,7 +139,8 @@ def softmax_kl_divergence(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a temperature that is not positive and finite.
+      ValueError: shapes that differ; a temperature known as a number that is not positive and finite; an axis that is
+        `class_axis_name` and `batch_axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -183,11 +188,12 @@ def softmax_js_divergence(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
       target_logits: the shape of `logits`, or `LinearLogits`.
-      temperature: T > 0, divides both.
+      temperature: T > 0, divides both: a Python number, or an array `[]` or `[...]`, one per row, which is a value: it
+        may be traced, and be another one each time without a new compilation.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
-      weights: real `[...]`, a factor per row.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both.
+      weights: real `[...]`, a factor per row; of weight 0 a row adds nothing, even if it holds NaN.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both, even if it holds NaN.
       reduction: "none", "sum" or "mean" (sum(weights * loss) / sum(weights)).
       class_axis_name: of a mapped axis along which the classes of both are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -196,12 +202,13 @@ def softmax_js_divergence(
       Divergences in nats, `[...]` or a scalar: float32, or float64 if one of the logits is.
 
     Gradients:
-      p_j (log(p_j / h_j) - KL(p || h)) / 2T to `logits`, with q for p to `target_logits`; any order, forward
-      mode too.
+      p_j (log(p_j / h_j) - KL(p || h)) / 2T to `logits`, with q for p to `target_logits`; to a temperature that is
+      an array; the loss to the weights, also to one of 0. Any order, forward mode too.
 
     Numerics:
-      With s = log(q / p) / 2 the loss is sum_j h_j (s_j tanh s_j - log cosh s_j), each term >= 0. Disjoint
-      supports give log 2.
+      With s = log(q / p) / 2 the loss is sum_j h_j (s_j tanh s_j - log cosh s_j), each term >= 0, as accurate as
+      `softmax_kl_divergence`. Disjoint supports give log 2. A temperature in an array that is not positive and finite
+      gives NaN.
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
@@ -209,7 +216,8 @@ def softmax_js_divergence(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a temperature that is not positive and finite.
+      ValueError: shapes that differ; a temperature known as a number that is not positive and finite; an axis that is
+        `class_axis_name` and `batch_axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent

@@ -82,6 +82,7 @@ class Whole(NamedTuple):
 
 def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     """Divergences `[...]` of arrays; the gradient of a row that does not count is exactly 0."""
+    pair = varying_like(pair, pair)
     pair = pair._replace(p=keep_gradient(pair.counts, pair.p), q=keep_gradient(pair.counts, pair.q))
     # what is known of all classes is made anew for second derivatives; nothing of its making is kept for them
     whole = jax.checkpoint(functools.partial(_whole, static, axis_name=axis_name))(pair)

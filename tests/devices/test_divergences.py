@@ -198,3 +198,30 @@ def test_split_unlike(name, sources, splits, option, reduction, inside):
     found = jax.tree.leaves((got[0][1], got[1]))
     for g, x in zip(found, jax.tree.leaves((split[:2], split[0])), strict=True):
         assert g.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+@pytest.mark.parametrize(("name", "sources"), [(NAMES[0], SOURCES[0]), (NAMES[1], SOURCES[3])])
+def test_a_temperature_that_is_a_value(name, sources):
+    """Of all rows and of each: its derivative is that of all classes."""
+    layers, _, _ = arrays()
+    of_rows = np.float32(np.linspace(0.5, 2, N))
+
+    def total(layers, temperature, **axes):
+        both = [
+            jaxent.LinearLogits(*layer) if source == "linear" else layer[0] @ layer[1]
+            for source, layer in zip(sources, (layers[:2], layers[2:]), strict=True)
+        ]
+        options = {"temperature": temperature, "reduction": "mean"} | axes
+        return getattr(jaxent, name)(*both, **options)
+
+    def both(f):
+        return compiled(lambda *x: [jax.value_and_grad(f, 1)(x[0], t) for t in x[1:]])(layers, 1.5, of_rows)
+
+    axes = {"class_axis_name": "classes", "batch_axis_name": "rows"}
+
+    def split(layers, temperature):
+        in_specs = (list(SPECS), P("rows") if temperature.ndim else P())
+        on_device = functools.partial(total, **axes)
+        return jax.shard_map(on_device, mesh=AUTO, in_specs=in_specs, out_specs=P())(layers, temperature)
+
+    check(both(split), both(total))
