@@ -302,25 +302,23 @@ def test_arrays_by_protocol(name):
 
 DIVIDES = "It divides both logits: small ones come near the argmax, which has no gradient."
 ERRORS = {
-    "no array": ({"temperature": "2"}, TypeError, "be a real number or an array of one, but is a str"),
-    "no number": (
-        {"temperature": True * jnp.ones((), bool)},
-        TypeError,
-        "be a real number or an array of one, but is bool[]",
-    ),
-    "0": ({"temperature": 0.0}, ValueError, "be a finite number > 0, but is 0.0"),
-    "infinite": ({"temperature": INF}, ValueError, "be a finite number > 0, but is inf"),
-    "of classes": ({"temperature": jnp.ones(6)}, ValueError, "be of shape [] or [2], but is float32[6]"),
+    "a str": ("2", TypeError),
+    "bool[]": (jnp.ones((), bool), TypeError),
+    "0.0": (0.0, ValueError),
+    "inf": (INF, ValueError),
+    "float32[6]": (jnp.ones(6), ValueError),
 }
 
 
 @names
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors_of_a_temperature(name, case):
-    options, kind, expected = ERRORS[case]
+@pytest.mark.parametrize("got", ERRORS)
+def test_errors_of_a_temperature(name, got):
+    temperature, kind = ERRORS[got]
     with pytest.raises(kind) as error:
-        getattr(jaxent, name)(*pairs(2, 1.0), **options)
-    assert str(error.value) == f"jaxent.{name}: `temperature` must {expected}. {DIVIDES}"
+        getattr(jaxent, name)(*pairs(2, 1.0), temperature=temperature)
+    message = str(error.value)
+    assert message.startswith(f"jaxent.{name}: `temperature` must be ")
+    assert message.endswith(f", but is {got}. {DIVIDES}")
 
 
 @names
