@@ -8,14 +8,18 @@ import numpy as np
 from jax import Array, lax
 
 from . import _contracts as contracts
+from ._devices import ALL, CLASSES, ROWS, split_as
 from ._log_ratio import Pair, Static, divergence, divergence_of_layers
+from ._logits.explicit import sharding_of
 from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
-from ._objective import check_class_mask, check_logits, objective
-from ._reduction import reduce, row_weights, scale_of_rows
+from ._objective import _has_answer, check_class_mask, check_logits, objective
+from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
+from ._statistics import Block
 
 
+@contracts.takes_arrays
 def softmax_entropy(
     logits: Array | LinearLogits,
     *,
@@ -54,7 +58,8 @@ def softmax_entropy(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: a shape that does not match exactly; an unknown reduction.
+      ValueError: a shape that does not match exactly; an unknown reduction; an axis that is `class_axis_name` and
+        `batch_axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -81,11 +86,12 @@ def softmax_entropy(
     )
 
 
+@contracts.takes_arrays
 def softmax_kl_divergence(
     logits: Array | LinearLogits,
     target_logits: Array | LinearLogits,
     *,
-    temperature: float = 1.0,
+    temperature: contracts.Number = 1.0,
     axis: int = -1,
     where: Array | None = None,
     weights: Array | None = None,
@@ -103,11 +109,12 @@ def softmax_kl_divergence(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`: the model.
       target_logits: the shape of `logits`, or `LinearLogits`: the target. Stop its gradient where it is a teacher.
-      temperature: T > 0, divides both.
+      temperature: T > 0, divides both: a Python number, or an array `[]` or `[...]`, one per row, which is a value: it
+        may be traced, and be another one each time without a new compilation.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
-      weights: real `[...]`, a factor per row.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both.
+      weights: real `[...]`, a factor per row; of weight 0 a row adds nothing, even if it holds NaN.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both, even if it holds NaN.
       reduction: "none", "sum" or "mean" (sum(weights * loss) / sum(weights)).
       class_axis_name: of a mapped axis along which the classes of both are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -116,13 +123,15 @@ def softmax_kl_divergence(
       Divergences in nats, `[...]` or a scalar: float32, or float64 if one of the logits is.
 
     Gradients:
-      (p - q) / T to `logits` and q_j (log(q_j / p_j) - loss) / T to `target_logits`, each in its own dtype; any
-      order, forward mode too.
+      (p - q) / T to `logits` and q_j (log(q_j / p_j) - loss) / T to `target_logits`, each in its own dtype; to a
+      temperature that is an array; the loss to the weights, also to one of 0. Any order, forward mode too. A row whose
+      loss is +inf has a gradient of 0 to `target_logits`: it is as infinite for all targets near this one.
 
     Numerics:
       With d = log(q / p), taken from differences of logits, the loss is sum_j q_j (d_j + expm1(-d_j)), each term
-      >= 0: about 1e-3 relative at a divergence of 4e-9, where the naive form is off by more than its value.
-      A class with p = 0 < q gives +inf; q = 0 gives 0.
+      >= 0: about 1e-6 relative down to a divergence of 4e-9, where the naive form is off by more than its value; also
+      where all logits of one of both are shifted. A class with p = 0 < q gives +inf; q = 0 gives 0. A temperature
+      in an array that is not positive and finite gives NaN.
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
@@ -130,7 +139,8 @@ def softmax_kl_divergence(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a temperature that is not positive and finite.
+      ValueError: shapes that differ; a temperature known as a number that is not positive and finite; an axis that is
+        `class_axis_name` and `batch_axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -157,11 +167,12 @@ def softmax_kl_divergence(
     )
 
 
+@contracts.takes_arrays
 def softmax_js_divergence(
     logits: Array | LinearLogits,
     target_logits: Array | LinearLogits,
     *,
-    temperature: float = 1.0,
+    temperature: contracts.Number = 1.0,
     axis: int = -1,
     where: Array | None = None,
     weights: Array | None = None,
@@ -177,11 +188,12 @@ def softmax_js_divergence(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
       target_logits: the shape of `logits`, or `LinearLogits`.
-      temperature: T > 0, divides both.
+      temperature: T > 0, divides both: a Python number, or an array `[]` or `[...]`, one per row, which is a value: it
+        may be traced, and be another one each time without a new compilation.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
-      weights: real `[...]`, a factor per row.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both.
+      weights: real `[...]`, a factor per row; of weight 0 a row adds nothing, even if it holds NaN.
+      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both, even if it holds NaN.
       reduction: "none", "sum" or "mean" (sum(weights * loss) / sum(weights)).
       class_axis_name: of a mapped axis along which the classes of both are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -190,12 +202,13 @@ def softmax_js_divergence(
       Divergences in nats, `[...]` or a scalar: float32, or float64 if one of the logits is.
 
     Gradients:
-      p_j (log(p_j / h_j) - KL(p || h)) / 2T to `logits`, with q for p to `target_logits`; any order, forward
-      mode too.
+      p_j (log(p_j / h_j) - KL(p || h)) / 2T to `logits`, with q for p to `target_logits`; to a temperature that is
+      an array; the loss to the weights, also to one of 0. Any order, forward mode too.
 
     Numerics:
-      With s = log(q / p) / 2 the loss is sum_j h_j (s_j tanh s_j - log cosh s_j), each term >= 0. Disjoint
-      supports give log 2.
+      With s = log(q / p) / 2 the loss is sum_j h_j (s_j tanh s_j - log cosh s_j), each term >= 0, as accurate as
+      `softmax_kl_divergence`. Disjoint supports give log 2. A temperature in an array that is not positive and finite
+      gives NaN.
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
@@ -203,7 +216,8 @@ def softmax_js_divergence(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a temperature that is not positive and finite.
+      ValueError: shapes that differ; a temperature known as a number that is not positive and finite; an axis that is
+        `class_axis_name` and `batch_axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -234,7 +248,7 @@ def _divergence(
     function: str,
     logits: Array | LinearLogits,
     target_logits: Array | LinearLogits,
-    temperature: float,
+    temperature: contracts.Number,
     axis: int,
     where: Array | None,
     weights: Array | None,
@@ -244,6 +258,7 @@ def _divergence(
     batch_axis_name: AxisName,
 ) -> Array:
     contracts.check_reduction(function, reduction)
+    contracts.check_axis_names(function, class_axis_name, batch_axis_name)
     check_logits(function, logits, axis)
     check_logits(function, target_logits, axis, "target_logits")
     shape = np.shape(logits)
@@ -253,13 +268,12 @@ def _divergence(
         contracts.fail(
             ValueError, function, "target_logits", expected, contracts.describe(target_logits), remedy
         )
-    contracts.check_number(
-        function, "temperature", temperature, 0, math.inf, "1 leaves the logits as they are."
-    )
-    remedy = "The limit at 0 is the argmax, which has no gradient."
-    contracts.check_option(function, "temperature", temperature, temperature > 0, "positive", remedy)
     rows = tuple(np.delete(shape, axis).tolist())
-    counts, weights = row_weights(function, rows, where, weights)
+    remedy = "It divides both logits: small ones come near the argmax, which has no gradient."
+    temperature = contracts.number(
+        function, "temperature", temperature, 0, math.inf, remedy, above=True, shape=rows
+    )
+    where, weights = row_weights(function, rows, where, weights)
     if class_mask is not None:
         check_class_mask(function, class_mask, shape, shape[axis])
         class_mask = jnp.asarray(class_mask)
@@ -270,10 +284,32 @@ def _divergence(
         else jnp.moveaxis(_array(z), axis, -1)
         for z in (logits, target_logits)
     )
-    pair = Pair(z_p, z_q, class_mask, counts)
-    static = Static("kl" if function == "softmax_kl_divergence" else "js", float(temperature))
+    sharding = sharding_of(z_p, z_q)
+    z_p, z_q = (z if isinstance(z, LinearLogits) else split_as(sharding, ALL, z) for z in (z_p, z_q))
+    where, weights = (split_as(sharding, ROWS, x) for x in (where, weights))
+    if class_mask is not None:
+        class_mask = split_as(sharding, CLASSES if class_mask.ndim == 1 else ALL, class_mask)
+    static = Static("kl" if function == "softmax_kl_divergence" else "js", 1.0)
+    of_rows = None
+    if isinstance(temperature, float):
+        static = static._replace(temperature=temperature)
+    else:
+        of_rows = split_as(sharding, ROWS, jnp.broadcast_to(temperature, rows))
+
+    def has_answer() -> Array:
+        blocks = (Block(z, class_mask=class_mask) for z in (z_p, z_q))
+        of_p, of_q = (split_as(sharding, ROWS, _has_answer(block, class_axis_name)) for block in blocks)
+        return of_p & of_q if of_rows is None else of_p & of_q & ~jnp.isnan(of_rows)
+
+    if isinstance(z_p, LinearLogits) or isinstance(z_q, LinearLogits):
+        counts = where if weights is None else both(where, weights != 0)
+    else:
+        counts = rows_that_count(where, weights, has_answer)
+    of_rows = None if of_rows is None else keep(counts, of_rows, 1)
+    pair = Pair(z_p, z_q, class_mask, counts, of_rows)
     if not pair.layers:
         losses = divergence(static, pair, class_axis_name)
+        counts = rows_that_count(counts, weights, lambda: jnp.isfinite(losses))
     elif reduction == "none":
         losses = divergence_of_layers(static, pair, class_axis_name)
     else:

@@ -1,17 +1,19 @@
 """Divergences of two rows of logits z_p and z_q: sums over the classes of a device, added up over all devices.
 
-Symbols, per row: p, q = softmax(z / T), u = (z_q - z_p) / T, d = log(q / p) = u - log E_p exp(u). u is shifted by its
-mean under q first, so that the logarithm is small where p and q are close:
+Symbols, per row: p, q = softmax(z / T), d = log(q / p). Where p and q are close, d comes from differences of logits,
+less that of their maxima, so that a shift of all logits is gone before anything is rounded or divided. What is left of
+the two normalizers is K, whose logarithm is small:
 
-    d = u' - log1p(E_p expm1(u'))        u' = u - E_q u
+    u = ((z_q - z_p) - (m_q - m_p)) / T        d = u - log K        K = E_p exp(u)
 
-So there are three sums after another: the normalizers and E_q u, then E_p expm1(u'), then the divergence. Each is plain
-code, the collectives between them too, and so is the second derivative. The first derivative is a rule of its own,
-which is as accurate as the divergence: with h = (p + q) / 2, s = d / 2, l_p = log(p / h) = -s - log cosh s and
+So there are three sums after another: the normalizers, then K - 1, then the divergence. Each is plain code, the
+collectives between them too, and so is the second derivative. The first derivative is a rule of its own, which is as
+accurate as the divergence: with h = (p + q) / 2, s = d / 2, l_p = log(p / h) = -s - log cosh s and
 l_q = log(q / h) = s - log cosh s, and because dp_k/dz_j = p_k (1[k = j] - p_j) / T,
 
     dKL/dz_p = (p - q) / T = q expm1(-d) / T        dJS/dz_p = p (l_p - sum p l_p) / 2T
     dKL/dz_q = q (d - KL) / T                       dJS/dz_q = q (l_q - sum q l_q) / 2T
+    dL/dT = -sum (dL/dz_p log p + dL/dz_q log q)    as both logits are divided by T, and a gradient sums to 0
 """
 
 import functools
@@ -29,9 +31,16 @@ from ._logits import sources
 from ._logits.explicit import split_of
 from ._logits.linear import LinearLogits
 from ._logits.sharded import AxisName
-from ._numerics import accumulation_dtype, exp_difference, lowest, product_or_zero
-from ._reduction import keep_gradient
-from ._statistics import max_and_rest
+from ._numerics import (
+    accumulation_dtype,
+    divided,
+    exp_difference,
+    lowest,
+    over_rows,
+    product_or_zero,
+    subtraction_error,
+)
+from ._reduction import keep, keep_gradient
 
 ARRAYS = 20  # of the size of a block of logits, that a divergence and its gradients need at a time
 
@@ -48,6 +57,7 @@ class Pair(NamedTuple):
     q: Any
     class_mask: Array | None  # [V] or [..., V]
     counts: Array | None  # [...]
+    temperature: Array | None  # [...], where it is a value and no part of the program
 
     @property
     def layers(self) -> tuple[LinearLogits, ...]:
@@ -55,10 +65,10 @@ class Pair(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """Of one softmax, over all classes: m, NaN where there is no answer, and r = sum_j exp(z_j - m) - 1."""
+    """Of one softmax, over all classes."""
 
-    max: Array
-    rest: Array
+    max: Array  # m = max_j z_j, before the temperature; NaN where there is no answer
+    rest: Array  # r = sum_j exp((z_j - m) / T) - 1
 
 
 class Whole(NamedTuple):
@@ -66,14 +76,13 @@ class Whole(NamedTuple):
 
     p: Normalizer
     q: Normalizer
-    mean: Array  # E_q u
-    ratio: Array  # of the normalizers, less 1: E_p expm1(u') = exp(-KL) - 1
-    near: Array  # 1 where no class is far from the other distribution
+    ratio: Array | None  # K - 1, of the normalizers; -1 where most of q is far from p
     sums: tuple[Array, ...]  # the divergence, and what else its gradient needs
 
 
 def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     """Divergences `[...]` of arrays; the gradient of a row that does not count is exactly 0."""
+    pair = varying_like(pair, pair)
     pair = pair._replace(p=keep_gradient(pair.counts, pair.p), q=keep_gradient(pair.counts, pair.q))
     # what is known of all classes is made anew for second derivatives; nothing of its making is kept for them
     whole = jax.checkpoint(functools.partial(_whole, static, axis_name=axis_name))(pair)
@@ -92,7 +101,7 @@ def divergence_of_layers(
             return found if weights is None else lax.psum(found, split.row_axes)
 
         both = split.of_logits(pair.p), split.of_logits(pair.q)
-        specs = Pair(*both, split.of_mask(pair.class_mask), split.of_rows(pair.counts))
+        specs = Pair(*both, split.of_mask(pair.class_mask), *split.of_rows(pair[3:]))
         out_specs = P(*split.rows) if weights is None else P()
         return split.on_each_device(on_device, (specs, split.of_rows(weights)), (pair, weights), out_specs)
     if axis_name is None:
@@ -105,7 +114,8 @@ def divergence_of_layers(
     def sums(f: Callable[..., Any], whole: Whole | None) -> Any:
         return _by_blocks(functools.partial(f, static), pair, whole)
 
-    whole = _first(sums(lambda static, pair, _: _first_sums(static, pair), None), axis_name)
+    first = sums(lambda static, pair, _: _first_sums(static, pair), None)
+    whole = _first(static, pair.temperature, first, axis_name)
     whole = _second(whole, sums(_second_sums, whole), axis_name)
     whole = whole._replace(sums=_add(sums(_third_sums, whole), axis_name))
     losses = lax.stop_gradient(whole.sums[0]) + _add(_slope_of_layers(static, pair, whole), axis_name)
@@ -124,9 +134,10 @@ def _by_blocks(
     def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
         from_layers, from_arrays = iter(logits), iter(rows[0])
         p, q = (next(from_layers if linear else from_arrays) for linear in is_linear)
-        return f(Pair(p, q, rows[1] if per_row else shared, counts), rows[2]), ()
+        return f(Pair(p, q, rows[1] if per_row else shared, counts, rows[2]), rows[3]), ()
 
-    rows, shared = (arrays, mask if per_row else None, whole), None if per_row else mask
+    rows = arrays, mask if per_row else None, pair.temperature, whole
+    shared = None if per_row else mask
     return sources.by_blocks_of_rows(of_block, ARRAYS, pair.layers, pair.counts, rows, shared, weights)
 
 
@@ -135,108 +146,128 @@ def _add(tree: Any, axis_name: AxisName) -> Any:
 
 
 def _whole(static: Static, pair: Pair, axis_name: AxisName) -> Whole:
-    whole = _first(_first_sums(static, pair), axis_name)
+    whole = _first(static, pair.temperature, _first_sums(static, pair), axis_name)
     whole = _second(whole, _second_sums(static, pair, whole), axis_name)
     return whole._replace(sums=_add(_third_sums(static, pair, whole), axis_name))
 
 
-def _first_sums(static: Static, pair: Pair) -> Any:
-    """m, r and, for q, sum_j exp(z_j - m) u_j."""
-    z_p, z_q, u, _, _ = _classes(static, pair)
-    of_p, of_q = Normalizer(*max_and_rest(z_p, None)), Normalizer(*max_and_rest(z_q, None))
-    finite_m = jnp.where(of_q.max == -jnp.inf, 0, of_q.max)[..., None]
-    return of_p, of_q, jnp.sum(exp_difference(z_q, finite_m) * u, -1)
+def _first_sums(static: Static, pair: Pair) -> tuple[Normalizer, ...]:
+    z_p, z_q, temperature = _classes(static, pair)
+    return _normalizer(z_p, temperature), _normalizer(z_q, temperature)
 
 
-def _first(sums: Any, axis_name: AxisName) -> Whole:
-    of_p, of_q, moment = sums
-    p, _ = _normalizer(of_p, axis_name)
-    q, scale = _normalizer(of_q, axis_name)
-    mean = _add(product_or_zero(scale, moment), axis_name) / (1 + q.rest)
-    return Whole(p, q, mean, None, None, ())
+def _normalizer(z: Array, temperature: float | Array) -> Normalizer:
+    """m, which is only a shift, and r of the classes here."""
+    m = lax.stop_gradient(jnp.max(z, -1))
+    e = exp_difference(z, jnp.where(m == -jnp.inf, 0, m)[..., None], temperature)
+    top = z == m[..., None]
+    others = jnp.where(top, e - lax.stop_gradient(e), e)  # without the largest, but with its derivative
+    rest = jnp.sum(others, -1) + (jnp.sum(top, -1, dtype=z.dtype) - 1)
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, rest))
 
 
-def _normalizer(here: Normalizer, axis_name: AxisName) -> tuple[Normalizer, Array]:
-    """Of all devices; and what sums that are shifted by the maximum of this one are to be multiplied with."""
-    m, rest, scale = here.max, here.rest, jnp.ones((), here.max.dtype)
-    if axis_name is not None:
-        own = lax.stop_gradient(here.max)
-        m = lax.pmax(own, axis_name)
-        holds = own == m
-        scale = exp_difference(own, m)
-        total = jnp.where(holds, rest, product_or_zero(scale, 1 + rest))
-        total, holders = lax.psum((total, holds.astype(m.dtype)), axis_name)
-        rest = total + (holders - 1)
-    return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), rest), scale
+def _first(
+    static: Static, temperature: Array | None, sums: tuple[Normalizer, ...], axis_name: AxisName
+) -> Whole:
+    def of_all(here: Normalizer) -> Normalizer:
+        m, rest = lax.stop_gradient(here.max), here.rest
+        if axis_name is not None:
+            own, m = m, lax.pmax(m, axis_name)
+            holds = own == m
+            by = static.temperature if temperature is None else temperature.astype(m.dtype)
+            rest = jnp.where(holds, rest, product_or_zero(exp_difference(own, m, by), 1 + rest))
+            rest, holders = lax.psum((rest, holds.astype(m.dtype)), axis_name)
+            rest += holders - 1
+        return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), rest)
+
+    of_p, of_q = map(of_all, sums)
+    return Whole(of_p, of_q, None, ())
 
 
-def _second_sums(static: Static, pair: Pair, whole: Whole) -> Any:
-    z_p, _, u, on_p, on_q = _classes(static, pair)
-    u = jnp.where(on_p & on_q, u - whole.mean[..., None], 0)
-    near = (on_p == on_q) & (jnp.abs(u) < 30)
-    p, _ = _softmax(z_p, whole.p)
-    ratio = jnp.sum(p * jnp.expm1(jnp.where(near, u, 0)), -1)
-    return ratio, jnp.all(near, -1).astype(u.dtype)
+def _second_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Array]:
+    """Of K - 1 = E_p exp(u) - 1: what near classes add; and how much of q is far. As p exp(u) = q K there, too."""
+    z_p, z_q, temperature = _classes(static, pair)
+    p, q = _softmax(z_p, temperature, whole.p)[0], _softmax(z_q, temperature, whole.q)[0]
+    u, near = _near(z_p, z_q, temperature, whole)
+    return jnp.sum(jnp.where(near, p * jnp.expm1(u), -p), -1), jnp.sum(jnp.where(near, 0, q), -1)
 
 
-def _second(whole: Whole, sums: Any, axis_name: AxisName) -> Whole:
-    ratio, near = sums
-    near = lax.stop_gradient(near)
-    if axis_name is not None:
-        ratio, near = lax.psum(ratio, axis_name), lax.pmin(near, axis_name)
-    near = jnp.where(ratio > -0.5, near, 0)
-    return whole._replace(ratio=ratio, near=near)
+def _second(whole: Whole, sums: tuple[Array, Array], axis_name: AxisName) -> Whole:
+    change, far = _add(sums, axis_name)
+    is_near = lax.stop_gradient(far) < 0.5
+    ratio = (change + far) / jnp.where(is_near, 1 - far, 1)
+    is_near &= lax.stop_gradient(ratio) > -0.5
+    return whole._replace(ratio=jnp.where(is_near, ratio, -1))
 
 
 def _third_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
     """The divergence; for JS also sum p l_p and sum q l_q."""
-    p, q, d = _log_ratio(static, pair, whole)
+    p, q, d, _, _ = _log_ratio(static, pair, whole)
     if static.kind == "kl":
         return (_kl(p, q, d),)
-    s, log_cosh = _half(d)
-    return _js(p, q, d), jnp.sum(p * (-s - log_cosh), -1), jnp.sum(q * (s - log_cosh), -1)
+    l_p, l_q = _against_mean(d)
+    return _js(p, q, d), jnp.sum(p * l_p, -1), jnp.sum(q * l_q, -1)
 
 
-def _classes(static: Static, pair: Pair) -> tuple[Array, ...]:
-    """Both logits over the temperature, u (0 where one of them is out), and where each is in."""
+def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
+    """Both logits, -inf where a class is out of force, and what divides them."""
     dtype = accumulation_dtype(pair.p.dtype, pair.q.dtype)
     z_p, z_q = pair.p.astype(dtype), pair.q.astype(dtype)
     if pair.class_mask is not None:
-        z_p, z_q = (jnp.where(pair.class_mask, z, -jnp.inf) for z in (z_p, z_q))
-    on_p, on_q = z_p != -jnp.inf, z_q != -jnp.inf
-    on = on_p & on_q
-    u = (jnp.where(on, z_q, 0) - jnp.where(on, z_p, 0)) / static.temperature
-    return z_p / static.temperature, z_q / static.temperature, u, on_p, on_q
+        mask = over_rows(pair.class_mask, z_p.ndim)
+        z_p, z_q = (jnp.where(mask, z, -jnp.inf) for z in (z_p, z_q))
+    return z_p, z_q, _temperature(static, pair, dtype)
 
 
-def _softmax(z: Array, of: Normalizer) -> tuple[Array, Array]:
-    """p and log p, which is finite where z is; NaN rows where there is no answer."""
+def _temperature(static: Static, pair: Pair, dtype: Any) -> float | Array:
+    return static.temperature if pair.temperature is None else pair.temperature.astype(dtype)[..., None]
+
+
+def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
+    """p and log p, 0 where p is exactly 0; NaN rows where there is no answer."""
     m, rest = of.max[..., None], of.rest[..., None]
-    log_p = jnp.maximum(z - m, lowest(z.dtype) / 4) - jnp.log1p(rest)
-    return exp_difference(z, m) / (1 + rest), log_p
+    least = lowest(z.dtype) / 4 * jnp.minimum(temperature, 1)
+    log_e = divided(jnp.maximum(z - m, least), temperature)
+    log_p = jnp.where(z == -jnp.inf, 0, log_e - jnp.log1p(rest))
+    return exp_difference(z, m, temperature) / (1 + rest), log_p
 
 
-def _log_ratio(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Array, Array]:
-    """p, q and d = log(q / p), accurate also where p and q are nearly the same.
+def _near(z_p: Array, z_q: Array, temperature: float | Array, whole: Whole) -> tuple[Array, Array]:
+    """u, and where it is small enough to be used; 0 elsewhere."""
+    on = (z_p != -jnp.inf) & (z_q != -jnp.inf)
+    z_p, z_q = jnp.where(on, z_p, 0), jnp.where(on, z_q, 0)
+    difference = z_q - z_p
+    u = (difference - (whole.q.max - whole.p.max)[..., None]) + subtraction_error(z_q, z_p, difference)
+    near = on & (jnp.abs(u) < 30 * temperature)
+    return divided(jnp.where(near, u, 0), temperature), near
+
+
+def _log_ratio(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
+    """p, q, d = log(q / p), accurate also where p and q are nearly the same, log p and log q.
 
     Where they are far apart (or have not the same support) the difference of the two log-softmaxes is as good, and does
     not overflow.
     """
-    z_p, z_q, u, on_p, on_q = _classes(static, pair)
-    on = on_p & on_q
-    p, log_p = _softmax(z_p, whole.p)
-    q, log_q = _softmax(z_q, whole.q)
-    far_d = jnp.where(on, jnp.where(on, log_q, 0) - jnp.where(on, log_p, 0), 0)
-    far_d = jnp.where(on_p == on_q, far_d, jnp.where(on_q, jnp.inf, -jnp.inf))
-    near = whole.near[..., None] > 0
-    u = jnp.where(on & near, u - whole.mean[..., None], 0)
-    near_d = jnp.where(on, u - jnp.log1p(jnp.where(near, whole.ratio[..., None], 0)), 0)
+    z_p, z_q, temperature = _classes(static, pair)
+    p, log_p = _softmax(z_p, temperature, whole.p)
+    q, log_q = _softmax(z_q, temperature, whole.q)
+    on_p, on_q = z_p != -jnp.inf, z_q != -jnp.inf
+    far_d = jnp.where(on_p == on_q, log_q - log_p, jnp.where(on_q, jnp.inf, -jnp.inf))
+    u, near = _near(z_p, z_q, temperature, whole)
+    ratio = whole.ratio[..., None]
+    near &= ratio > -1
+    d = jnp.where(near, u - jnp.log1p(jnp.where(ratio > -1, ratio, 0)), far_d)
     no_answer = (whole.p.max + whole.q.max)[..., None]
-    return p, q, jnp.where(jnp.isnan(no_answer), no_answer, jnp.where(near, near_d, far_d))
+    return p, q, jnp.where(jnp.isnan(no_answer), no_answer, d), log_p, log_q
 
 
 def _kl(p: Array, q: Array, d: Array) -> Array:
-    """sum_j q_j phi(d_j), phi(d) = d + expm1(-d) >= 0; as q d + (p - q) that is KL, for sum(p - q) = 0."""
+    """sum_j q_j phi(d_j), phi(d) = d + expm1(-d) >= 0; as q d + (p - q) that is KL, for sum(p - q) = 0.
+
+    A class with p = 0 < q makes it infinite; its other terms are finite, and so are their derivatives.
+    """
+    infinite = (q > 0) & (d == jnp.inf)
+    d = jnp.where(d == jnp.inf, 0, d)
     near = jnp.abs(d) < 0.3
     x = jnp.where(near, d, 0)
     series = jnp.zeros_like(x)
@@ -245,25 +276,39 @@ def _kl(p: Array, q: Array, d: Array) -> Array:
     up = jnp.where(near, 1, jnp.maximum(d, -1))  # q phi(d) where d is not far below 0
     down = jnp.where(d < -1, jnp.maximum(d, -200), -1)  # else p (1 + exp(d) (d - 1)), which does not overflow
     term = jnp.where(near, q * (x * x * series), product_or_zero(q, up + jnp.expm1(-up)))
-    return jnp.sum(jnp.where(d < -1, p * (1 + jnp.exp(down) * (down - 1)), term), -1)
+    term = jnp.where(d < -1, p * (1 + jnp.exp(down) * (down - 1)), term)
+    return jnp.where(jnp.any(infinite, -1), jnp.inf, jnp.sum(term, -1))
 
 
 def _js(p: Array, q: Array, d: Array) -> Array:
     """sum_j h_j (s_j tanh s_j - log cosh s_j), s = d / 2."""
-    s, log_cosh = _half(d)
-    a = jnp.abs(s)
+    a, near, s = _half(d)
     shrunk = jnp.exp(-2 * a)
     large = math.log(2) - jnp.log1p(shrunk) - 2 * a * shrunk / (1 + shrunk)
-    term = jnp.where(a < 1, s * jnp.tanh(s) - log_cosh, large)
-    return jnp.sum((p + q) / 2 * term, -1)
+    return jnp.sum((p + q) / 2 * jnp.where(near, s * jnp.tanh(s) - _log_cosh(s), large), -1)
 
 
-def _half(d: Array) -> tuple[Array, Array]:
-    """s = d / 2, within +-50, where exp(-2s) is nothing, and log cosh s."""
+def _against_mean(d: Array) -> tuple[Array, Array]:
+    """l_p and l_q: log 2 less what is small for the larger of both, and 2 |s| below that for the other."""
+    a, near, s = _half(d)
+    up = math.log(2) - jnp.log1p(jnp.exp(-2 * a))
+    down = up - 2 * a
+    log_cosh = _log_cosh(s)
+    return (
+        jnp.where(near, -s - log_cosh, jnp.where(d < 0, up, down)),
+        jnp.where(near, s - log_cosh, jnp.where(d < 0, down, up)),
+    )
+
+
+def _half(d: Array) -> tuple[Array, Array, Array]:
+    """|s| up to 50, where exp(-2 |s|) is nothing; whether it is small; and s, 0 where it is not."""
     s = jnp.clip(d / 2, -50, 50)
-    a = jnp.abs(s)
-    small = jnp.log1p(2 * jnp.sinh(jnp.where(a < 1, s, 0) / 2) ** 2)
-    return s, jnp.where(a < 1, small, a - math.log(2) + jnp.log1p(jnp.exp(-2 * a)))
+    near = jnp.abs(s) < 1
+    return jnp.abs(s), near, jnp.where(near, s, 0)
+
+
+def _log_cosh(s: Array) -> Array:
+    return jnp.log1p(2 * jnp.sinh(s / 2) ** 2)
 
 
 # The first derivative: a function that is 0 and has the slope of the divergence. The sums over all classes have no part
@@ -271,42 +316,47 @@ def _half(d: Array) -> tuple[Array, Array]:
 
 
 def _slope_primal(static: Static, pair: Pair, whole: Whole) -> Array:
-    rows = pair.p.shape[:-1]
-    return varying_like((pair, whole), jnp.zeros(rows, whole.mean.dtype))
+    return varying_like((pair, whole), jnp.zeros_like(whole.sums[0]))
 
 
-def _slope_forward(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Any]:
-    return _slope_primal(static, pair, whole), (pair, whole)
+def _slope_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:
+    pair, moving = values_and_moving(pair)
+    whole, _ = values_and_moving(whole)
+    return _slope_primal(static, pair, whole), (pair, whole, moving)
 
 
-def _slope_backward(static: Static, residuals: Any, g: Array) -> tuple[Pair, None]:
-    pair, whole = residuals
-    p, q, d = _log_ratio(static, pair, whole)
+def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]:
+    pair, whole, moving = residuals
+    p, q, d, log_p, log_q = _log_ratio(static, pair, whole)
     sums = [x[..., None] for x in whole.sums]
     if static.kind == "kl":
         near = jnp.abs(d) < 1
         bar_p = jnp.where(near, q * jnp.expm1(-jnp.where(near, d, 0)), p - q)
-        bar_q = product_or_zero(q, d - sums[0])
+        # an infinite loss is so for all targets near this one
+        bar_q = product_or_zero(q, jnp.where(sums[0] == jnp.inf, 0, d - sums[0]))
     else:
-        s, log_cosh = _half(d)
-        bar_p, bar_q = p * ((-s - log_cosh) - sums[1]) / 2, q * ((s - log_cosh) - sums[2]) / 2
-    g = (g / static.temperature)[..., None]
+        l_p, l_q = _against_mean(d)
+        bar_p, bar_q = p * (l_p - sums[1]) / 2, q * (l_q - sums[2]) / 2
+    g = instantiate(g)[..., None] / _temperature(static, pair, p.dtype)
+    bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
 
-    def of_counting_rows(x: Array, like: Array) -> Array:
-        x = x * g
-        x = x if pair.counts is None else jnp.where(pair.counts[..., None], x, 0)
-        return x.astype(like.dtype)
+    def gradient(moves: Any, x: Array, like: Any) -> Any:
+        if moves is not True:
+            return None
+        x = keep(None if pair.counts is None else pair.counts[..., None], x * g)
+        return (x if like.ndim == pair.p.ndim else x[..., 0]).astype(like.dtype)
 
-    return Pair(of_counting_rows(bar_p, pair.p), of_counting_rows(bar_q, pair.q), None, None), None
+    slopes = Pair(bar_p, bar_q, None, None, bar_t)
+    return Pair(*map(gradient, moving.tree(pair), slopes, pair)), None
 
 
 _rule = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
-_rule.defvjp(_slope_forward, _slope_backward)
+_rule.defvjp(_slope_forward, _slope_backward, symbolic_zeros=True)
 _slope = with_forward_mode(_rule)
 
 
 def _layers_primal(static: Static, pair: Pair, whole: Whole) -> Array:
-    return varying_like((pair, whole), jnp.zeros_like(whole.mean))
+    return varying_like((pair, whole), jnp.zeros_like(whole.sums[0]))
 
 
 def _layers_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:

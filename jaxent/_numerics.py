@@ -31,6 +31,11 @@ def over_rows(x: Array, ndim: int) -> Array:
     return x if x.ndim in (0, ndim) else jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
+def divided(x: Array, by: float | Array) -> Array:
+    """x / by; nothing to do where that is the number 1."""
+    return x if isinstance(by, float) and by == 1 else x / by
+
+
 def lowest(dtype: DTypeLike) -> Array:
     """The most negative finite number."""
     return jnp.asarray(jnp.finfo(dtype).min, dtype)
@@ -46,20 +51,20 @@ def subtraction_error(a: Array, b: Array, difference: Array) -> Array:
     return (a - (difference - virtual)) - (b + virtual)
 
 
-def exp_difference(z: Array, m: Array) -> Array:
-    """exp(z - m) for z <= m, relative error about 1 ulp however large |z - m| is.
+def exp_difference(z: Array, m: Array, temperature: float | Array = 1.0) -> Array:
+    """exp((z - m) / temperature) for z <= m, relative error about 1 ulp at 1.0, however large |z - m| is.
 
     Rounding d = z - m costs |d|/2 ulp of the result: 40 ulp at a probability of 1e-30. The error of a
     subtraction is a float, so exp(d) (1 + error) has it back. z is raised to where exp has long been 0 (128
     below m, 800 in float64), which keeps the error term finite for z = -inf; a NaN, or m = +-inf, gives NaN.
     """
     reach = 800 if z.dtype == jnp.float64 else 128
-    least = m - (reach + jnp.abs(m) * 2.0**-20)
+    least = m - (reach * temperature + jnp.abs(m) * 2.0**-20)
     # not a maximum, which jax 0.12 cannot differentiate where its operands are split unlike
     z = jnp.where(z < least, least, z)
     d = z - m
-    e = jnp.exp(d)
-    return e + e * subtraction_error(z, m, d)
+    e = jnp.exp(divided(d, temperature))
+    return e + e * divided(subtraction_error(z, m, d), temperature)
 
 
 def product_or_zero(weight: Array, x: Array) -> Array:

@@ -83,13 +83,14 @@ def split_of(*layers: LinearLogits) -> Split | None:
     return Split(meshes[0], rows, next(filter(any, free), None))
 
 
-def sharding_of(logits: Any) -> NamedSharding | None:
-    """How rows and classes of logits are split on an explicit mesh; None elsewhere."""
-    if isinstance(logits, LinearLogits):
-        split = split_of(logits)
+def sharding_of(*logits: Any) -> NamedSharding | None:
+    """How rows and classes of logits are split on an explicit mesh; None elsewhere. The first that is split decides."""
+    layers = [z for z in logits if isinstance(z, LinearLogits)]
+    if layers:
+        split = split_of(*layers)
         return None if split is None else NamedSharding(split.mesh, P(*split.rows, split.classes))
-    found = jax.typeof(logits).sharding
-    return found if is_explicit(found) else None
+    found = [x for x in (jax.typeof(z).sharding for z in logits) if is_explicit(x)]
+    return next((x for x in found if any(x.spec)), found[0] if found else None)
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """KL and JS with the classes on several devices, dense, linear and both: values and gradients are in test_cases.py."""
 
+import contextlib
 import functools
 
 import jax
@@ -130,3 +131,97 @@ def test_a_layer_in_one_place_beside_one_that_is_split(order):
     assert {c.kind for c in collectives(program)} == {"all-reduce"}
     want = compiled(functools.partial(loss, NAMES[0], ("dense", "dense"), "mean"))
     check(program(split, *rest), want([layers[i] for i in order], where, class_mask))
+
+
+# Explicit meshes where not everything is split as the logits are, inside of jax.set_mesh and outside.
+
+WHOLE, ROWS_ONLY = P(), P("rows")
+OPTIONS = {
+    "where": ROWS_ONLY,
+    "weights": WHOLE,
+    "class_mask": P(None),
+    "temperature": P(("rows", "classes")),
+}
+UNLIKE = [  # name, sources, how logits and targets are split, option, reduction, in jax.set_mesh
+    (NAMES[0], SOURCES[3], (P("rows", "classes"), ROWS_ONLY), None, "mean", True),
+    (NAMES[1], SOURCES[3], (P("rows", "classes"), P(None, "classes")), "where", "mean", True),
+    (NAMES[1], SOURCES[3], (WHOLE, P("rows", "classes")), "weights", "mean", False),
+    (NAMES[0], SOURCES[3], (P(("rows", "classes")), P("rows", "classes")), "class_mask", "none", False),
+    (NAMES[0], SOURCES[1], (P("rows", "classes"), WHOLE), "temperature", "none", True),
+    (NAMES[0], SOURCES[2], (ROWS_ONLY, P("rows", "classes")), "where", "mean", True),
+    (NAMES[1], SOURCES[2], (P("rows"), P(("rows", "classes"))), "weights", "sum", False),
+]
+
+
+@functools.cache
+def more_arrays():
+    rng = np.random.default_rng(5)
+    rows = 16
+    logits = [np.float32(rng.normal(size=shape)) for shape in ((rows, D), (D, V)) * 2]
+    where, class_mask = rng.uniform(size=rows) < 0.7, rng.uniform(size=V) < 0.7
+    numbers = [np.float32(rng.uniform(0.5, 2, size=rows)) for _ in range(2)]
+    return logits, {
+        "where": where,
+        "weights": numbers[0],
+        "class_mask": class_mask,
+        "temperature": numbers[1],
+    }
+
+
+@pytest.mark.parametrize(("name", "sources", "splits", "option", "reduction", "inside"), UNLIKE)
+def test_split_unlike(name, sources, splits, option, reduction, inside):
+    """Gradients come back split as their inputs are; there is none of targets that are not differentiated."""
+    layers, options = more_arrays()
+    options = {} if option is None else {option: options[option]}
+    inputs = [
+        (hidden, kernel) if source == "linear" else hidden @ kernel
+        for source, hidden, kernel in zip(sources, layers[::2], layers[1::2], strict=True)
+    ]
+
+    def total(logits, targets, options):
+        both = [jaxent.LinearLogits(*x) if isinstance(x, tuple) else x for x in (logits, targets)]
+        return jnp.sum(getattr(jaxent, name)(*both, **options, reduction=reduction))
+
+    f = compiled(lambda *x: (jax.value_and_grad(total, (0, 1))(*x), jax.grad(total)(*x)))
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"))
+
+    def specs_of(source, spec):
+        first, last = (*spec, None, None)[:2]
+        return (P(first), P(None, last)) if source == "linear" else spec
+
+    specs = [specs_of(*pair) for pair in zip(sources, splits, strict=True)]
+    specs = [*specs, {key: OPTIONS[key] for key in options}]
+    split = jax.device_put([*inputs, options], jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        got = f(*split)
+    check(got, f(*inputs, options))
+    found = jax.tree.leaves((got[0][1], got[1]))
+    for g, x in zip(found, jax.tree.leaves((split[:2], split[0])), strict=True):
+        assert g.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+@pytest.mark.parametrize(("name", "sources"), [(NAMES[0], SOURCES[0]), (NAMES[1], SOURCES[3])])
+def test_a_temperature_that_is_a_value(name, sources):
+    """Of all rows and of each: its derivative is that of all classes."""
+    layers, _, _ = arrays()
+    of_rows = np.float32(np.linspace(0.5, 2, N))
+
+    def total(layers, temperature, **axes):
+        both = [
+            jaxent.LinearLogits(*layer) if source == "linear" else layer[0] @ layer[1]
+            for source, layer in zip(sources, (layers[:2], layers[2:]), strict=True)
+        ]
+        options = {"temperature": temperature, "reduction": "mean"} | axes
+        return getattr(jaxent, name)(*both, **options)
+
+    def both(f):
+        return compiled(lambda *x: [jax.value_and_grad(f, 1)(x[0], t) for t in x[1:]])(layers, 1.5, of_rows)
+
+    axes = {"class_axis_name": "classes", "batch_axis_name": "rows"}
+
+    def split(layers, temperature):
+        in_specs = (list(SPECS), P("rows") if temperature.ndim else P())
+        on_device = functools.partial(total, **axes)
+        return jax.shard_map(on_device, mesh=AUTO, in_specs=in_specs, out_specs=P())(layers, temperature)
+
+    check(both(split), both(total))
