@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -11,11 +10,11 @@ from . import _contracts as contracts
 from ._devices import ALL, CLASSES, ROWS, split_as
 from ._log_ratio import Pair, Static, divergence, divergence_of_layers
 from ._logits.explicit import sharding_of
-from ._logits.linear import LinearLogits
+from ._logits.linear import LinearLogits, checked
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
 from ._objective import _has_answer, check_class_mask, check_logits, objective
-from ._reduction import both, keep, reduce, row_weights, rows_that_count, scale_of_rows
+from ._reduction import keep, reduce, row_weights, rows_that_count, scale_of_rows
 from ._statistics import Block
 
 
@@ -279,10 +278,10 @@ def _divergence(
         class_mask = jnp.asarray(class_mask)
         class_mask = class_mask if class_mask.ndim == 1 else jnp.moveaxis(class_mask, axis, -1)
     z_p, z_q = (
-        jax.tree.map(jnp.asarray, z)
+        checked(function, z, argument)
         if isinstance(z, LinearLogits) and z.hidden.size
         else jnp.moveaxis(_array(z), axis, -1)
-        for z in (logits, target_logits)
+        for z, argument in ((logits, "logits"), (target_logits, "target_logits"))
     )
     sharding = sharding_of(z_p, z_q)
     z_p, z_q = (z if isinstance(z, LinearLogits) else split_as(sharding, ALL, z) for z in (z_p, z_q))
@@ -301,15 +300,11 @@ def _divergence(
         of_p, of_q = (split_as(sharding, ROWS, _has_answer(block, class_axis_name)) for block in blocks)
         return of_p & of_q if of_rows is None else of_p & of_q & ~jnp.isnan(of_rows)
 
-    if isinstance(z_p, LinearLogits) or isinstance(z_q, LinearLogits):
-        counts = where if weights is None else both(where, weights != 0)
-    else:
-        counts = rows_that_count(where, weights, has_answer)
+    counts = rows_that_count(where, weights, has_answer)
     of_rows = None if of_rows is None else keep(counts, of_rows, 1)
     pair = Pair(z_p, z_q, class_mask, counts, of_rows)
     if not pair.layers:
         losses = divergence(static, pair, class_axis_name)
-        counts = rows_that_count(counts, weights, lambda: jnp.isfinite(losses))
     elif reduction == "none":
         losses = divergence_of_layers(static, pair, class_axis_name)
     else:
@@ -317,6 +312,7 @@ def _divergence(
         scale = scale_of_rows(counts, weights, reduction, None, rows, dtype, batch_axis_name)
         total = divergence_of_layers(static, pair, class_axis_name, scale)
         return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
+    counts = rows_that_count(counts, weights, lambda: jnp.isfinite(losses))
     return reduce(losses, counts, weights, reduction, batch_axis_name=batch_axis_name)
 
 

@@ -138,7 +138,7 @@ def _by_blocks(
 
     rows = arrays, mask if per_row else None, pair.temperature, whole
     shared = None if per_row else mask
-    return sources.by_blocks_of_rows(of_block, ARRAYS, pair.layers, pair.counts, rows, shared, weights)
+    return sources.by_blocks_of_rows(of_block, ARRAYS, pair.layers, pair.counts, rows, shared, mask, weights)
 
 
 def _add(tree: Any, axis_name: AxisName) -> Any:

@@ -23,7 +23,7 @@ from .._derivatives import (
     varying_like,
     with_forward_mode,
 )
-from .._numerics import accumulation_dtype
+from .._numerics import accumulation_dtype, limit
 from .._reduction import keep
 from .linear import (
     LinearLogits,
@@ -46,7 +46,9 @@ class Inputs(NamedTuple):
     rows: Any  # pytree of [N, ...]
     shared: Any  # pytree of what all rows have in common
     class_mask: Array | None = None  # [V] or [N, V], where NaN may be hidden by it
-    needed: Array | None = None  # bool [N]: rows that are left out, but for their derivatives, count with a weight of 0
+    needed: Array | None = (
+        None  # bool [N]: rows that are left out, but for their derivatives, count with a weight of 0
+    )
 
 
 # fn(logits of each layer, counts, rows, shared) -> (real results, integer results), pytrees of [R]
@@ -103,13 +105,14 @@ _mapped.defvjp(_mapped_forward, _mapped_backward, symbolic_zeros=True)
 
 def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> Array:
     losses, _ = _evaluate(static, inputs)
-    return jnp.sum(weights * losses)
+    return jnp.sum(weights * limit(weights, losses))
 
 
 def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, Any]:
     inputs, moving = values_and_moving(inputs)
     (losses, _), gradients = _differentiate(Summed(*static, moving, weights.perturbed), inputs, weights.value)
     weights = weights.value
+    losses = limit(weights, losses)
     dtypes = _Dtypes.of(inputs)
     residuals = _cast(gradients, dtypes.stored()), losses, dtypes, _Dtypes.of(weights)
     return jnp.sum(weights * losses), residuals
@@ -118,7 +121,9 @@ def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, A
 def _summed_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs, Array]:
     gradients, losses, dtypes, of_weights = residuals
     g = instantiate(g)
-    return _cast(jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), dtypes), _cast(g * losses, of_weights)
+    return _cast(jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), dtypes), _cast(
+        g * losses, of_weights
+    )
 
 
 _summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))
@@ -157,7 +162,9 @@ def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[
 
         def of_moving(products: Any, options: Any, rows: Any, shared: Any) -> Any:
             layers = map(replace, block.layers, options)
-            logits = tuple(from_product(layer, z, block.class_mask) for layer, z in zip(layers, products, strict=True))
+            logits = tuple(
+                from_product(layer, z, block.class_mask) for layer, z in zip(layers, products, strict=True)
+            )
             rows = _merge(is_moving.rows, rows, block.rows)
             shared = _merge(is_moving.shared, shared, block.shared)
             return fn(logits, block.counts, rows, shared)

@@ -99,6 +99,7 @@ def by_blocks_of_rows(
     counts: Array | None,
     rows: Any,
     shared: Any,
+    class_mask: Array | None,
     weights: Array | None = None,
 ) -> Array:
     """`fn` of several linear layers: its result per row, or their sum where `weights` are given.
@@ -113,8 +114,10 @@ def by_blocks_of_rows(
     size = rows_of_a_block(layout.number, groups * layers[0].shape[-1], block_bytes, itemsize, arrays)
     counts, rows, weights = layout.apart((counts, rows, weights))
     layers = tuple(replace(x, layout.apart(of_rows(x))) for x in layers)
-    inputs = Inputs(layers, counts, rows, shared)
+    mask = layout.apart(class_mask) if class_mask is not None and class_mask.ndim > 1 else class_mask
+    inputs = Inputs(layers, counts, rows, shared, mask)
     if weights is not None:
+        inputs = inputs._replace(needed=None if counts is None else counts & (weights != 0))
         return row_blocks.sum_rows(fn, size, inputs, weights)
     return layout.together(row_blocks.map_rows(fn, size, inputs)[0])
 
