@@ -130,7 +130,9 @@ def check_number(
     """A Python number in [low, high], or (low, high] if it must be `above`; NaN is in no interval."""
     if not is_number(value):
         fail(TypeError, function, argument, "a Python number", what_came(value), remedy)
-    expected = f"a finite number {'>' if above else '>='} {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+    expected = (
+        f"a finite number {'>' if above else '>='} {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+    )
     ok = (low < value if above else low <= value) and value <= high and math.isfinite(value)
     check_option(function, argument, value, bool(ok), expected, remedy)
 
@@ -182,7 +184,7 @@ def check_reduction(function: str, reduction: Any) -> None:
 
 
 def check_axis_names(function: str, class_axis_name: Any, batch_axis_name: Any) -> None:
-    """Rows cannot be split over a mapped axis that splits their classes: each device would add up other rows' classes."""
+    """Rows cannot be split over a mapped axis that splits their classes: devices would add up those of other rows."""
 
     def names(axis_name: Any) -> set[Any]:
         return set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name} - {None}
@@ -190,8 +192,9 @@ def check_axis_names(function: str, class_axis_name: Any, batch_axis_name: Any) 
     shared = names(class_axis_name) & names(batch_axis_name)
     if shared:
         remedy = (
-            "A row has all its classes along `class_axis_name`, and every device along it the same rows. Gather one side "
-            "first: the rows (`jax.lax.all_gather` of what they are made from), or the classes and no `class_axis_name`."
+            "A row has all its classes along `class_axis_name`, and every device along it the same rows. Gather one "
+            "side first: the rows (`jax.lax.all_gather` of what they are made from), or the classes, and then pass no "
+            "`class_axis_name`."
         )
         got = f"{batch_axis_name!r}, beside class_axis_name={class_axis_name!r}"
         fail(ValueError, function, "batch_axis_name", "another axis than `class_axis_name`", got, remedy)

@@ -52,7 +52,7 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """`rule`, a custom_vjp function whose backward is a loop, which has no transpose; forward mode is told what works."""
+    """`rule`, a custom_vjp function whose backward is a loop, which has no transpose; an error says what works."""
 
     def function(*args: Any) -> Any:
         try:
@@ -61,10 +61,11 @@ def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:
             if "forward-mode" not in str(error):
                 raise
             raise TypeError(
-                "jaxent: results per row of a `LinearLogits`, and those by blocks of classes or of a split class axis, "
-                "have no forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`). What works: reverse mode (`jax.grad`, "
-                "`jax.vjp`, `jax.jacrev`); forward over reverse (`jax.jvp` of `jax.grad`, `jax.hessian`); `jax.jvp` of a "
-                '`reduction="mean"` or "sum" by blocks of rows (a larger `block_bytes`); or logits as an array (`.dense()`).'
+                "jaxent: results per row of a `LinearLogits`, and those by blocks of classes or of a split class "
+                "axis, have no forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`). What works: reverse mode "
+                "(`jax.grad`, `jax.vjp`, `jax.jacrev`); forward over reverse (`jax.jvp` of `jax.grad`, `jax.hessian`); "
+                '`jax.jvp` of a `reduction="mean"` or "sum" by blocks of rows (a larger `block_bytes`); or logits as '
+                "an array (`.dense()`)."
             ) from error
 
     return function

@@ -18,8 +18,12 @@ class Spread(NamedTuple):
 
     def groups(self, size: int) -> int:
         """Of an axis: whatever number of devices divides both divides this."""
-        known = isinstance(size, int)  # not where a program is exported for any number of rows
-        return math.gcd(size, self.possible) if known else 1
+        return math.gcd(size, self.possible) if is_known(size) else 1
+
+
+def is_known(size: Any) -> bool:
+    """Not where a program is exported for any number of rows."""
+    return isinstance(size, int)
 
 
 def spread(tree: Any) -> Spread:

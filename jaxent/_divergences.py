@@ -13,7 +13,7 @@ from ._logits.explicit import sharding_of
 from ._logits.linear import LinearLogits, checked
 from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
-from ._objective import _has_answer, check_class_mask, check_logits, objective
+from ._objective import check_class_mask, check_logits, has_answer, objective
 from ._reduction import keep, reduce, row_weights, rows_that_count, scale_of_rows
 from ._statistics import Block
 
@@ -295,12 +295,12 @@ def _divergence(
     else:
         of_rows = split_as(sharding, ROWS, jnp.broadcast_to(temperature, rows))
 
-    def has_answer() -> Array:
+    def have_answers() -> Array:
         blocks = (Block(z, class_mask=class_mask) for z in (z_p, z_q))
-        of_p, of_q = (split_as(sharding, ROWS, _has_answer(block, class_axis_name)) for block in blocks)
+        of_p, of_q = (split_as(sharding, ROWS, has_answer(block, class_axis_name)) for block in blocks)
         return of_p & of_q if of_rows is None else of_p & of_q & ~jnp.isnan(of_rows)
 
-    counts = rows_that_count(where, weights, has_answer)
+    counts = rows_that_count(where, weights, have_answers)
     of_rows = None if of_rows is None else keep(counts, of_rows, 1)
     pair = Pair(z_p, z_q, class_mask, counts, of_rows)
     if not pair.layers:

@@ -40,8 +40,9 @@ def softmax_loss(
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None: then no field that needs a label.
       *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs. Where a row does
-        not count `fn` sees 0 instead, and the statistics of a row of equal logits. An array of another leading shape is passed as it is; better close over
-        what is no row argument, a table may have as many entries as there are rows.
+        not count `fn` sees 0 instead, and the statistics of a row of equal logits. An array of another leading shape
+        is passed as it is; better close over what is no row argument, a table may have as many entries as there are
+        rows.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
       ignore_index: rows with this integer label are gone as well.
@@ -62,7 +63,7 @@ def softmax_loss(
     Numerics:
       The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
       that do not count contribute exactly 0, even if `fn` makes NaN of them (but what `fn` closes over gets a NaN
-      gradient if `fn` is singular at row arguments of 0). A row of weight 0 for which `fn` is not finite does not count.
+      gradient if `fn` is singular at row arguments of 0). A row of weight 0 does not count if `fn` is not finite there.
 
     Cost:
       That of the statistics that `fn` reads. `LinearLogits`: 3 matmuls with gradients, if the loss is reduced and
@@ -144,8 +145,8 @@ def softmax_statistics(
 
     Numerics:
       As `softmax_cross_entropy`: `log_prob` and `entropy` are accurate for confident rows. A bad label makes
-      the real fields of its row NaN and its rank V. Of several largest logits the first is the prediction; classes whose
-      logit equals the label's do not count for its rank.
+      the real fields of its row NaN and its rank V. Of several largest logits the first is the prediction; a logit that
+      equals the label's does not count for its rank.
 
     Cost:
       Two passes over the logits for `log_prob`, about one more for each other field in `names`. `LinearLogits`: 1

@@ -101,7 +101,8 @@ def objective(
 
     # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
     statistics = sources.statistics(names, block, counts, class_axis_name)
-    losses = call(rows, *keep_rows(counts, (statistics, own)), of_all)
+    statistics, own = keep_rows(counts, (statistics, own))
+    losses = call(rows, statistics, own, of_all)
     return reduce(losses, counts, weights, reduction, label_weight, batch_axis_name)
 
 
@@ -161,7 +162,8 @@ def _sum_of_rows(
         total = _sum_of_rows(call, keep_rows, names, block, counts, lambda _: factors, own, of_all)
         if total is None:
             statistics = sources.statistics(names, block, counts)
-            losses = call(factors.shape, *keep_rows(counts, (statistics, own)), of_all)
+            statistics, own = keep_rows(counts, (statistics, own))
+            losses = call(factors.shape, statistics, own, of_all)
             total = jnp.sum(factors * keep(counts, losses))
         return lax.psum(total, split.row_axes)
 
@@ -294,11 +296,11 @@ def prepare(
         class_weights = lax.stop_gradient(jnp.asarray(class_weights)).astype(dtype)
         class_weights = split_as(sharding, CLASSES, class_weights)
     block = Block(logits, label, distribution, class_weights, class_mask)
-    counts = rows_that_count(where, weights, lambda: _has_answer(block, class_axis_name))
+    counts = rows_that_count(where, weights, lambda: has_answer(block, class_axis_name))
     return block, counts, weights, rows
 
 
-def _has_answer(block: Block, class_axis_name: AxisName) -> Array:
+def has_answer(block: Block, class_axis_name: AxisName) -> Array:
     """Rows whose statistics are no NaN, as far as can be seen without a matmul."""
     if isinstance(block.logits, LinearLogits):
         top = jnp.where(jnp.all(jnp.isfinite(block.logits.hidden), -1), 0, jnp.inf)

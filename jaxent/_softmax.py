@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -66,9 +66,9 @@ def softmax_cross_entropy(
 
     Gradients:
       p - onehot(labels) times the row's weight, for the plain loss, in the dtype of `logits`. A distribution gets
-      -log p, 0 where it is 0 and log p = -inf. `weights` get the loss of their row, or (loss - mean) / sum(weights), also
-      where they are 0 (0 without an answer). Options that are arrays are differentiated; `class_weights` are constants.
-      Forward mode and higher orders work too (`LinearLogits` has its limits).
+      -log p, 0 where it is 0 and log p = -inf. `weights` get the loss of their row, or (loss - mean) / sum(weights),
+      also where they are 0 (0 without an answer). Options that are arrays are differentiated; `class_weights` are
+      constants. Forward mode and higher orders work too (`LinearLogits` has its limits).
 
     Numerics:
       Computed in float32 (float64 for float64), accurate to a few ulp down to losses of 1e-30, where
@@ -290,7 +290,7 @@ def softmax_poly_loss(
 class _Options:
     """Options, checked: numbers are part of the program, `values` are arrays, which a loss gets as arguments."""
 
-    RANGES = {
+    RANGES: ClassVar = {
         "label_smoothing": (0, 1, "0 is none of it, 1 all of it; usual is 0.1."),
         "z_loss": (0, math.inf, "0 turns it off; usual is 1e-4."),
         "gamma": (0, math.inf, "0 is the cross-entropy; usual is 2."),
@@ -308,7 +308,9 @@ class _Options:
         return SimpleNamespace(**self.numbers, **{name: x.astype(dtype) for name, x in values.items()})
 
 
-def _loss(function: str, of_row: Callable[..., Array], logits: Any, labels: Any, options: _Options, **rest: Any) -> Array:
+def _loss(
+    function: str, of_row: Callable[..., Array], logits: Any, labels: Any, options: _Options, **rest: Any
+) -> Array:
     """`of_row(statistics, label_weight, options)`, reduced."""
 
     def fn(s: SoftmaxStatistics, label_weight: Array, values: dict[str, Array]) -> Array:
@@ -336,10 +338,10 @@ def _smoothed(s: SoftmaxStatistics, a: Number) -> Array:
     """Cross-entropy with smoothing a."""
     if isinstance(a, float) and a in (0, 1):  # not 0 * -inf
         return -s.weighted_log_prob if a == 0 else -s.mean_log_prob
-    terms = (1 - a, s.weighted_log_prob), (a, s.mean_log_prob)
+    label, uniform = s.weighted_log_prob, s.mean_log_prob
     if not isinstance(a, float):
-        terms = tuple((factor, limit(factor, x)) for factor, x in terms)
-    return -sum(factor * x for factor, x in terms)
+        label, uniform = limit(1 - a, label), limit(a, uniform)
+    return -((1 - a) * label + a * uniform)
 
 
 def _z(s: SoftmaxStatistics, label_weight: Array, z_loss: Number) -> Array | float:

@@ -57,7 +57,9 @@ def keep_rows(counts: Array | None, statistics: SoftmaxStatistics, classes: int)
     log_v = math.log(max(classes, 2))
     harmless = {"log_normalizer": log_v, "entropy": log_v, "prediction": 0, "rank": 0}
     fields = {name: x for name, x in vars(statistics).items() if x is not None}
-    return SoftmaxStatistics(**{name: keep(counts, x, harmless.get(name, -log_v)) for name, x in fields.items()})
+    return SoftmaxStatistics(
+        **{name: keep(counts, x, harmless.get(name, -log_v)) for name, x in fields.items()}
+    )
 
 
 class Block(NamedTuple):
@@ -378,7 +380,10 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
     """
     log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
     log_p = limit(block.distribution, log_p)
-    scales = {"log_prob": jnp.ones((), log_p.dtype), "weighted_log_prob": block.weights_of_classes(log_p.dtype)}
+    scales = {
+        "log_prob": jnp.ones((), log_p.dtype),
+        "weighted_log_prob": block.weights_of_classes(log_p.dtype),
+    }
     terms = [
         g[name][..., None] * product_or_zero(scale, log_p) for name, scale in scales.items() if name in g
     ]

@@ -181,7 +181,8 @@ ERRORS = {
         f"`label_smoothing` must be in [0, 1], but is nan. {SMOOTHING}",
     ),
     "smoothing as text": (
-        LABELLED, {"label_smoothing": "0.1"}, TypeError, f"`label_smoothing` must be a number or an array of one, but is a str. {SMOOTHING}",
+        LABELLED, {"label_smoothing": "0.1"}, TypeError,
+        f"`label_smoothing` must be a number or an array of one, but is a str. {SMOOTHING}",
     ),
     "negative z_loss": (
         LABELLED, {"z_loss": -1e-4}, ValueError,

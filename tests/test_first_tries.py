@@ -53,7 +53,9 @@ def test_arrays_by_protocol():
         yes = a((probs > 0.2).astype(jnp.float32))
         return [
             layer.dense(),
-            jaxent.softmax_cross_entropy(layer, a(label), **rows, **classes, label_smoothing=a(jnp.float32(0.1))),
+            jaxent.softmax_cross_entropy(
+                layer, a(label), **rows, **classes, label_smoothing=a(jnp.float32(0.1))
+            ),
             jaxent.softmax_focal_loss(logits, a(probs), **rows, **classes),
             jaxent.softmax_poly_loss(logits, a(label), **rows, **classes),
             jaxent.softmax_loss(lambda s, x: x * s.log_prob, logits, a(label), a(jnp.ones(N)), **rows),
@@ -103,7 +105,9 @@ def test_export_for_any_number_of_rows(rows, source):
         rng = np.random.default_rng(4)
         label = rng.integers(V, size=size).astype(np.int32)
         arguments = np.float32(rng.normal(size=(*size, D))), label, label != 2
-        for got, want in zip(jax.tree.leaves(exported.call(*arguments)), jax.tree.leaves(f(*arguments)), strict=True):
+        for got, want in zip(
+            jax.tree.leaves(exported.call(*arguments)), jax.tree.leaves(f(*arguments)), strict=True
+        ):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
@@ -138,7 +142,9 @@ def test_a_function_that_is_singular_where_a_probability_is_1(source, hidden_by)
     hidden = hidden.at[2].set(jnp.nan)
 
     def loss(scale, hidden):
-        logits = logits_of(source, jnp.where(seen[:, None], hidden, 0) if source == "dense" else hidden, kernel)
+        logits = logits_of(
+            source, jnp.where(seen[:, None], hidden, 0) if source == "dense" else hidden, kernel
+        )
         fn = lambda s: scale * jnp.log(-s.log_prob) / s.entropy + jnp.log(s.log_normalizer**2)  # noqa: E731
         return jaxent.softmax_loss(fn, logits, label, **mask)
 
@@ -220,11 +226,14 @@ def test_garbage_in_hidden_columns(garbage, per_row, source):
 
 
 @pytest.mark.parametrize(
-    ("shape", "labels", "axis"), [((2, 5, 3, 4), (2, 3, 4), 1), ((5, 2, 3), (2, 3), 0), ((2, 3, 5), (2, 5), 1)]
+    ("shape", "labels", "axis"),
+    [((2, 5, 3, 4), (2, 3, 4), 1), ((5, 2, 3), (2, 3), 0), ((2, 3, 5), (2, 5), 1)],
 )
 def test_a_class_axis_that_was_not_named(shape, labels, axis):
     f = jaxent.softmax_cross_entropy
-    with pytest.raises(ValueError, match=f"If the classes are on axis {axis} of the logits, pass `axis={axis}`"):
+    with pytest.raises(
+        ValueError, match=f"If the classes are on axis {axis} of the logits, pass `axis={axis}`"
+    ):
         f(jnp.zeros(shape), jnp.zeros(labels, int))
     assert f(jnp.zeros(shape), jnp.zeros(labels, int), axis=axis).shape == labels
 
@@ -236,7 +245,7 @@ def test_forward_mode_of_results_per_row():
         return jaxent.softmax_cross_entropy(jaxent.LinearLogits(hidden, kernel), label, reduction=reduction)
 
     for f in (jax.jacfwd(losses), lambda x: jax.jvp(losses, (x,), (x,))):
-        with pytest.raises(TypeError, match="What works: reverse mode.*forward over reverse.*dense"):
+        with pytest.raises(TypeError, match=r"What works: reverse mode.*forward over reverse.*dense"):
             f(hidden)
     jax.jvp(jax.grad(lambda h: losses(h).sum()), (hidden,), (hidden,))
     jax.jvp(functools.partial(losses, reduction="mean"), (hidden,), (hidden,))
@@ -253,7 +262,7 @@ def test_rows_and_classes_over_one_axis(names):
     for f in losses:
         g = functools.partial(f, class_axis_name=of_classes, batch_axis_name=of_rows)
         g = jax.vmap(jax.vmap(g, axis_name="e"), axis_name="d")
-        with pytest.raises(ValueError, match="`batch_axis_name` must be another axis.*Gather one side"):
+        with pytest.raises(ValueError, match=r"`batch_axis_name` must be another axis.*Gather one side"):
             g(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 4), int))
 
 

@@ -175,7 +175,9 @@ def test_layers(source, reduction):
 
     with harness.blocks(source):
         got = jax.jit(
-            lambda: [jax.value_and_grad(loss, (0, 1, 2))(garbage, kernel, garbage_in(o)) for o in OPTIONS.values()],
+            lambda: [
+                jax.value_and_grad(loss, (0, 1, 2))(garbage, kernel, garbage_in(o)) for o in OPTIONS.values()
+            ],
             compiler_options=harness.QUICK,
         )()
     wanted = jax.jit(

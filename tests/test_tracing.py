@@ -44,7 +44,9 @@ MIXING = {
     "sorted": lambda s, x, p: p * jnp.sort(s.log_prob, 0),
     "cumulative": lambda s, x, p: p * jnp.cumsum(s.log_prob, 0),
     "loop": lambda s, x, p: p * jax.lax.fori_loop(0, 2, lambda _, y: jnp.roll(y, 1), s.log_prob),
-    "values per row": lambda s, x, p: p * s.log_prob * jnp.asarray(np.arange(1.0 * N), jnp.float32).reshape(s.log_prob.shape),
+    "values per row": lambda s, x, p: (
+        p * s.log_prob * jnp.asarray(np.arange(1.0 * N), jnp.float32).reshape(s.log_prob.shape)
+    ),
 }
 APART = {
     "plain": lambda s, x, p: p * s.log_prob,

@@ -5,7 +5,6 @@ But a row's cotangent is known after the last block only, so the logits are comp
 groups (`layout.Rows`): then `[N]` is `[n, *groups]` everywhere.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from .._derivatives import (
     values_and_moving,
     varying_like,
 )
+from .._devices import is_known
 from .._reduction import keep
 from .._statistics import (
     INTEGER_STATISTICS,
@@ -91,7 +91,7 @@ def statistics(
 
 
 def first_pass(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The rank takes a second one, for it compares the label's logit with all others: to the last bit that of a block."""
+    """The rank takes a second one: it compares all logits with the label's, to the last bit that of its block."""
     return tuple("label_logit" if name == "rank" else name for name in names)
 
 
@@ -108,8 +108,7 @@ def all_classes(
     rows, *groups, _ = block.logits.hidden.shape
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
     width = max(classes // layout.groups, 1)
-    known = isinstance(rows, int)  # not where a program is exported for any number of rows
-    blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if known else 1
+    blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if is_known(rows) else 1
     if counts is None or wide or blocks < 2:
         inputs = Inputs(block, counts, label_logit, jnp.ones((), jnp.int32))
         return _apply(Static(rule, names, layout, width, rows), inputs)
@@ -273,7 +272,10 @@ def _backward_pass(
     def zeros(moves: Any, x: Array) -> Array | None:
         return jnp.zeros(x.shape, x.dtype) if moves else None
 
-    columns = {"kernel": zeros(moving_layer.kernel, layer.kernel), "bias": zeros(moving_layer.bias, layer.bias)}
+    columns = {
+        "kernel": zeros(moving_layer.kernel, layer.kernel),
+        "bias": zeros(moving_layer.bias, layer.bias),
+    }
     init = _Total(rows, (columns, zeros(moves.distribution, block.distribution)), of_all)
     found = _over_classes(static, inputs, over_rows, init)
     columns, distribution = found.classes

@@ -44,7 +44,9 @@ class Split(NamedTuple):
     def of_logits(self, z: Any) -> Any:
         if not isinstance(z, LinearLogits):
             return P(*self.rows, self.classes)
-        specs: dict[str, Any] = {name: P() for name in of_all(z)} | {name: P(*self.rows) for name in of_rows(z)}
+        specs: dict[str, Any] = {name: P() for name in of_all(z)} | {
+            name: P(*self.rows) for name in of_rows(z)
+        }
         specs |= {"kernel": P(None, self.classes), "bias": P(self.classes)}
         return replace(z, {name: spec for name, spec in specs.items() if getattr(z, name) is not None})
 

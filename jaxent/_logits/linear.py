@@ -48,20 +48,20 @@ class LinearLogits:
 
     Gradients:
       Of `hidden`, `kernel` and `bias`, and of a temperature or softcap that is an array, each in its dtype, summed in
-      float32 over rows and blocks. What is not differentiated (a frozen kernel) costs no matmul. To any order; forward over reverse (`jax.jvp` of
-      `jax.grad`, `jax.hessian`) everywhere. `jax.jvp` of the loss itself: of sums in blocks of rows, else a
-      TypeError.
+      float32 over rows and blocks. What is not differentiated (a frozen kernel) costs no matmul. To any order; forward
+      over reverse (`jax.jvp` of `jax.grad`, `jax.hessian`) everywhere. `jax.jvp` of the loss itself: of sums in blocks
+      of rows, else a TypeError.
 
     Numerics:
       Operands of mixed dtypes are promoted as in `jnp.matmul`; products are summed to float32, and everything up
       to the gradient of the logits is float32. For the two matmuls of the backward that is rounded to bfloat16
-      where both operands are. What a hidden row, or a column that `class_mask` hides, holds stays there. A temperature or
-      softcap that is an array and out of its range makes its rows NaN.
+      where both operands are. What a hidden row, or a column that `class_mask` hides, holds stays there. A temperature
+      or softcap that is an array and out of its range makes its rows NaN.
 
     Cost:
       2 N D V operations a matmul. `reduction="mean"` or "sum": 3 matmuls with gradients, 1 without. "none", or few
-      rows and very many classes: 4. Blocks in which no row counts are left out; in a reduced loss also those whose weights
-      are all 0.
+      rows and very many classes: 4. Blocks in which no row counts are left out; in a reduced loss also those whose
+      weights are all 0. With a `class_mask` the backward may copy the kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
@@ -118,7 +118,7 @@ class LinearLogits:
 
 
 def checked(function: str, logits: LinearLogits, argument: str = "logits") -> LinearLogits:
-    """Of jax arrays and numbers, after a look at shapes, dtypes and options; when it is built a pytree may hold anything."""
+    """Of jax arrays and numbers. Checked here and not when it is built: a pytree may hold anything."""
     hidden, kernel, bias = logits.hidden, logits.kernel, logits.bias
     arrays = {"hidden": hidden, "kernel": kernel} | ({} if bias is None else {"bias": bias})
     for name, x in arrays.items():
@@ -163,8 +163,8 @@ def checked(function: str, logits: LinearLogits, argument: str = "logits") -> Li
 
 def of_rows(layer: LinearLogits) -> dict[str, Array]:
     """What each row has of its own."""
-    per_row = {"temperature": layer.temperature} if np.ndim(layer.temperature) else {}
-    return {"hidden": layer.hidden} | per_row
+    per_row: dict[str, Any] = {"temperature": layer.temperature} if np.ndim(layer.temperature) else {}
+    return per_row | {"hidden": layer.hidden}
 
 
 def of_all(layer: LinearLogits) -> dict[str, Array]:
@@ -181,10 +181,9 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
     """Something harmless in place of what is hidden: it will be multiplied by a gradient of zero."""
     if counts is None:
         return layer
-    fields = {"hidden": keep(counts[..., None], layer.hidden)}
-    if np.ndim(layer.temperature):
-        fields["temperature"] = keep(counts, layer.temperature, 1)
-    return replace(layer, fields)
+    own = of_rows(layer)
+    fields = {"hidden": keep(counts[..., None], own.pop("hidden"))}
+    return replace(layer, fields | {name: keep(counts, x, 1) for name, x in own.items()})
 
 
 def product(block: LinearLogits) -> Array:
@@ -202,7 +201,7 @@ def from_product(block: LinearLogits, z: Array, class_mask: Array | None = None)
     if block.softcap is not None:
         cap = as_dtype(block.softcap, z.dtype)
         z = cap * jnp.tanh(z / cap)
-    if contracts.is_number(block.temperature):
+    if isinstance(block.temperature, float):
         return z if block.temperature == 1 else z / block.temperature
     temperature = block.temperature.astype(z.dtype)
     return z / (temperature[..., None] if temperature.ndim else temperature)

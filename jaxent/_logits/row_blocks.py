@@ -6,6 +6,7 @@ rows to results `[R]`. jax differentiates it, block by block. Rows may be in gro
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -177,9 +178,7 @@ def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, real)
         d_products, d_options, d_rows, d_shared = vjp(cotangent)
 
-        def of_layer(*of: Any) -> LinearLogits:
-            return _layer_gradient(*of, block.class_mask)
-
+        of_layer = functools.partial(_layer_gradient, block.class_mask)
         d_layers = tuple(map(of_layer, is_moving.layers, block.layers, d_products))
         d_layers = tuple(map(replace, d_layers, d_options))
         results = blocks.keep((real, integers), i)
@@ -195,7 +194,7 @@ def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[
 
 
 def _layer_gradient(
-    moves: LinearLogits, block: LinearLogits, d_product: Array, class_mask: Array | None
+    class_mask: Array | None, moves: LinearLogits, block: LinearLogits, d_product: Array
 ) -> LinearLogits:
     found = gradient(moves, block, d_product, class_mask)
     hidden = found.hidden

@@ -8,7 +8,7 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from .._devices import spread
+from .._devices import is_known, spread
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks, sharded
 from .explicit import split_of
@@ -138,7 +138,7 @@ def cut(logits: LinearLogits, masked: bool) -> Cut:
     """
     devices = spread(logits)
     rows, classes = Rows.of(logits.shape[:-1], devices), Classes.of(logits.shape[-1], devices)
-    if not isinstance(rows.number, int):  # a program for any number of rows
+    if not is_known(rows.number):
         return Cut(rows, classes, None, _classes_at_a_time(logits))
     platform, itemsize = jax.default_backend(), logits.dtype.itemsize
     share, features = -(-math.prod(rows.shape) // devices.known), logits.kernel.shape[0]
@@ -153,8 +153,7 @@ def cut(logits: LinearLogits, masked: bool) -> Cut:
 def _classes_at_a_time(logits: LinearLogits) -> int:
     *rows, features = logits.hidden.shape
     number, itemsize = math.prod(rows), logits.dtype.itemsize
-    if not isinstance(number, int):
-        number = ROWS_UNKNOWN
+    number = number if is_known(number) else ROWS_UNKNOWN
     return classes_of_a_block(number, features, logits.shape[-1], logits.block_bytes, itemsize)
 
 
