@@ -33,7 +33,7 @@ def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_
 def rows_that_count(
     where: Array | None, weights: Array | None, has_answer: Callable[[], Array]
 ) -> Array | None:
-    """Rows of weight 0 count, for the derivative by the weight is their loss; not without an answer (NaN, bad label)."""
+    """Rows of weight 0 count, for the derivative by the weight is their loss; but not without an answer."""
     return where if weights is None else both(where, (weights != 0) | has_answer())
 
 
