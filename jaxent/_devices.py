@@ -45,9 +45,11 @@ def _devices_of_jit(mesh: Any) -> int:
     return math.prod(size for size, kind in types if kind != AxisType.Manual)
 
 
-def is_explicit(sharding: Any) -> bool:
-    """Whether types say how arrays are split."""
-    return AxisType.Explicit in sharding.mesh.axis_types
+def explicit_sharding(*arrays: Any) -> Any:
+    """How the first array that is split is split on an explicit mesh, where types say so; None elsewhere."""
+    found = [jax.typeof(x).sharding for x in arrays]
+    found = [x for x in found if AxisType.Explicit in x.mesh.axis_types]
+    return next((x for x in found if any(x.spec)), found[0] if found else None)
 
 
 def split_as(sharding: Any, axes: slice, x: Any) -> Any:

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from . import _contracts as contracts
+from ._devices import ALL, explicit_sharding, split_as
 from ._numerics import accumulation_dtype, widen
 
 
@@ -189,5 +190,6 @@ def mean(
     contracts.check_floating("mean", "losses", losses, remedy)
     losses = widen(jnp.asarray(losses))
     where, weights = row_weights("mean", losses.shape, where, weights, "losses")
+    where, weights = (split_as(explicit_sharding(losses), ALL, x) for x in (where, weights))
     counts = rows_that_count(where, weights, lambda: jnp.isfinite(losses))
     return reduce(losses, counts, weights, "mean", batch_axis_name=axis_name)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._devices import is_explicit
+from .._devices import explicit_sharding
 from .._statistics import Block
 from .linear import LinearLogits, of_all, of_rows, replace
 
@@ -91,8 +91,7 @@ def sharding_of(*logits: Any) -> NamedSharding | None:
     if layers:
         split = split_of(*layers)
         return None if split is None else NamedSharding(split.mesh, P(*split.rows, split.classes))
-    found = [x for x in (jax.typeof(z).sharding for z in logits) if is_explicit(x)]
-    return next((x for x in found if any(x.spec)), found[0] if found else None)
+    return explicit_sharding(*logits)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
