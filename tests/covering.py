@@ -1,0 +1,256 @@
+"""Which combinations are tested, generated: options as factors, each of them alone and every pair of them.
+
+A case is one level of each factor of its table; None is an option that is not given. What cannot be together is a
+pair of levels, so a pair that makes sense is one that is not forbidden. `python tests/covering.py` counts.
+"""
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+Level = tuple[str, Any]  # of a factor
+Levels = frozenset[Level]
+
+
+class Case(NamedTuple):
+    table: str
+    levels: tuple[Level, ...]
+
+    def __getitem__(self, factor: str) -> Any:  # type: ignore[override]
+        return dict(self.levels).get(factor)
+
+    def __str__(self) -> str:
+        said = (f"{name}={x}" if name in OPTIONS else str(x) for name, x in self.levels if x is not None)
+        return " ".join(said)
+
+
+class Table(NamedTuple):
+    """What describes a case, its options, and which options each loss takes."""
+
+    factors: dict[str, tuple[Any, ...]]
+    options: dict[str, tuple[Any, ...]]
+    of_loss: dict[str, set[str]]
+
+
+REDUCTIONS = ("none", "sum", "mean")
+DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = ("rows", "classes")  # linear logits, in blocks of these
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "where": ("given",),
+    "weights": ("given",),
+    "ignore_index": (-100,),
+    "class_weights": ("given",),
+    "class_mask": ("[V]", "[..., V]"),
+    "axis": ("moved",),
+    "label_smoothing": (0.2,),
+    "z_loss": (0.01,),
+    "gamma": (0.5,),
+    "epsilon": (2.0,),
+    "alpha": (0.3,),
+    "gamma_negative": (3.0,),
+    "gamma_positive": (0.5,),
+    "clip": (0.1,),
+    "pos_weight": (2.5, "[V]"),
+    "temperature": (1.5,),
+    # of layers
+    "bias": ("given",),
+    "softcap": (3.0,),
+    "layer_temperature": (0.75,),
+}
+COMMON = {"where", "weights"}
+OF_LAYERS = {"bias", "softcap", "layer_temperature"}
+OF_SOFTMAX = {"class_mask", "axis", *COMMON, *OF_LAYERS}
+OF_LABELS = {"ignore_index", "class_weights", "label_smoothing", "z_loss", *OF_SOFTMAX}
+OF_SIGMOID = {"pos_weight", "label_smoothing", *COMMON}
+
+
+def table(of_loss: dict[str, set[str]], **factors: tuple[Any, ...]) -> Table:
+    taken = set.union(*of_loss.values())
+    options = {name: levels for name, levels in OPTIONS.items() if name in taken}
+    factors = {"loss": tuple(of_loss), "reduction": REDUCTIONS, "dtype": DTYPES, "shape": ("N", "BT"), **factors}
+    return Table(factors, options, of_loss)
+
+
+TABLES = {
+    "softmax": table(
+        {
+            "softmax_cross_entropy": OF_LABELS,
+            "softmax_focal_loss": {"gamma", *OF_LABELS},
+            "softmax_poly_loss": {"epsilon", *OF_LABELS},
+            "softmax_loss": {"ignore_index", *OF_SOFTMAX},
+            "softmax_entropy": OF_SOFTMAX,
+        },
+        labels=("index", "distribution", "no labels"),
+        source=("dense", *LAYERS),
+    ),
+    "divergences": table(
+        dict.fromkeys(("softmax_kl_divergence", "softmax_js_divergence"), {"temperature", *OF_SOFTMAX}),
+        source=("dense", "layers", "layer to dense", "dense to layer"),
+    ),
+    "sigmoid": table(
+        {
+            "sigmoid_cross_entropy": OF_SIGMOID,
+            "sigmoid_focal_loss": {"gamma", "alpha", *OF_SIGMOID},
+            "sigmoid_asymmetric_loss": {"gamma_negative", "gamma_positive", "clip", *OF_SIGMOID},
+        },
+        labels=("bool", "integer", "float"),
+    ),
+    "probability": table(
+        {
+            "categorical_cross_entropy": {"axis", *COMMON},
+            "binary_cross_entropy": COMMON,
+            "nll_loss": {"axis", "ignore_index", "class_weights", *COMMON},
+            "kl_divergence": {"axis", *COMMON},
+            "mean": COMMON,
+        },
+        labels=("index", "distribution", "bool", "integer", "float", "no labels"),
+    ),
+}
+LABELS = {
+    "softmax_loss": {"index", "distribution", "no labels"},
+    "softmax_entropy": {"no labels"},
+    "binary_cross_entropy": {"bool", "integer", "float"},
+    "kl_divergence": {"distribution"},
+    "mean": {"no labels"},
+}
+# Rows over two devices, classes over four; "unlike": the logits by both, and what stands beside them otherwise
+DEVICES = {
+    "mode": ("auto mesh", "explicit mesh", "explicit mesh, set_mesh", "shard_map"),
+    "split": ("by rows", "by classes", "by both", "unlike"),
+}
+ALONE = "alone"  # a factor whose levels are those of all options
+
+
+@functools.cache
+def forbidden(name: str, a: Level, b: Level) -> bool:
+    if a[0] == ALONE or b[0] == ALONE:
+        a, b = (x[1] or x if x[0] == ALONE else x for x in (a, b))
+    return _forbidden(name, *a, *b) or _forbidden(name, *b, *a)
+
+
+def _forbidden(name: str, factor: str, x: Any, other: str, y: Any) -> bool:
+    if x is None or y is None:
+        return False
+    if factor == "loss":
+        if other in OPTIONS:
+            return other not in TABLES[name].of_loss[x]
+        if other == "labels" and name != "sigmoid":
+            return y not in LABELS.get(x, {"index", "distribution"})
+        if x == "mean":  # the reduction is its own, and there are no classes
+            return (other == "reduction" and y != "none") or (other == "split" and y in ("by classes", "by both"))
+    if factor == "labels":
+        return other == "ignore_index" and x != "index"
+    if factor == "source":  # the class axis of a layer is its last
+        return other in (OF_LAYERS if x == "dense" else {"axis"})
+    if factor == "mode" and x == "shard_map" and name in ("sigmoid", "probability"):
+        # they take no names of axes, so a mean is that of `mean`, and classes are whole
+        whole = name == "probability" and y in ("by classes", "by both")
+        return (other == "reduction" and y == "mean") or (other == "split" and (whole or y == "unlike"))
+    if factor == "mode":
+        return other == "split" and y == "unlike" and not x.startswith("explicit")
+    return False
+
+
+def factors_of(name: str, placed: bool) -> dict[str, tuple[Any, ...]]:
+    """All but the options, the loss first: what may be together with what follows from these."""
+    return TABLES[name].factors | (DEVICES if placed else {})
+
+
+def options_of(name: str) -> dict[str, tuple[Any, ...]]:
+    return {option: (None, *levels) for option, levels in TABLES[name].options.items()}
+
+
+def covering(
+    name: str, factors: dict[str, tuple[Any, ...]], also: Iterable[Levels] = (), seed: int = 0
+) -> list[dict[str, Any]]:
+    """A few rows of `factors` that have every pair of levels that may be together, and what `also` asks for.
+
+    Greedy: each row starts from what no row has yet, and takes the levels that add most; the best of some such rows.
+    """
+    rng = random.Random(seed)
+
+    def complete(row: dict[str, Any], left: list[str], missing: set[Levels]) -> dict[str, Any] | None:
+        if not left:
+            return row
+        factor, *rest = left
+        set_already = list(row.items())
+
+        def gain(x: Any) -> float:
+            return sum(frozenset(((factor, x), level)) in missing for level in set_already) + rng.random()
+
+        allowed = [x for x in factors[factor] if not any(forbidden(name, (factor, x), y) for y in set_already)]
+        for x in sorted(allowed, key=gain, reverse=True):
+            found = complete(row | {factor: x}, rest, missing)
+            if found is not None:
+                return found
+        return None
+
+    def candidate(start: Levels, missing: set[Levels]) -> dict[str, Any] | None:
+        left = [factor for factor in factors if factor not in dict(start)]
+        if any(forbidden(name, a, b) for a, b in itertools.combinations(start, 2)):
+            return None
+        return complete(dict(start), left, missing)
+
+    levels = [(factor, x) for factor, of in factors.items() for x in of]
+    pairs = {frozenset(pair) for pair in itertools.combinations(levels, 2) if pair[0][0] != pair[1][0]}
+    missing = {x for x in [*pairs, *also] if candidate(x, set()) is not None}
+    rows = []
+    while missing:
+        starts = rng.sample(sorted(missing, key=repr), min(4, len(missing)))
+        candidates = [{*levels_of.items()} for x in starts if (levels_of := candidate(x, missing))]
+        best = max(candidates, key=lambda row: sum(x <= row for x in missing))
+        rows.append(dict(best))
+        missing = {x for x in missing if not x <= best}
+    return rows
+
+
+@functools.cache
+def cases(name: str, placed: bool) -> tuple[Case, ...]:
+    """Every option alone, with every level of every other factor; then every pair of options and of factors."""
+    factors = factors_of(name, placed)
+    alone = tuple((option, x) for option, levels in TABLES[name].options.items() for x in levels)
+    also = []
+    if placed and name == "softmax":  # a mean has its own arrays, of shapes alone
+        also = [
+            frozenset([(ALONE, x), ("mode", mode), ("reduction", "mean")]) for x in alone for mode in DEVICES["mode"]
+        ]
+    rows = covering(name, factors | {ALONE: (None, *alone)}, also)
+    rows = [{**row, **dict([row[ALONE]] if row[ALONE] else [])} for row in rows]
+    rows += covering(name, factors | options_of(name))
+    return tuple(Case(name, tuple((f, row.get(f)) for f in {**factors, **options_of(name)})) for row in rows)
+
+
+def structures(name: str, placed: bool) -> Iterator[tuple[dict[str, Any], dict[str, tuple[Any, ...]]]]:
+    """All that is not an option, and the levels of options that may stand beside it."""
+    factors = factors_of(name, placed)
+    for levels in itertools.product(*factors.values()):
+        row = dict(zip(factors, levels, strict=True))
+        if not any(forbidden(name, a, b) for a, b in itertools.combinations(row.items(), 2)):
+            yield row, {
+                option: tuple(x for x in of if not any(forbidden(name, (option, x), y) for y in row.items()))
+                for option, of in options_of(name).items()
+            }
+
+
+def sensible_pairs(name: str, placed: bool) -> set[Levels]:
+    """By going through all structures, where `covering` completes what it starts from."""
+    pairs = set()
+    for row, options in structures(name, placed):
+        own, of_options = [*row.items()], [(option, x) for option, of in options.items() for x in of]
+        pairs.update(map(frozenset, itertools.combinations(own, 2)), map(frozenset, itertools.product(own, of_options)))
+        pairs.update(frozenset(p) for p in itertools.combinations(of_options, 2) if p[0][0] != p[1][0])
+    return pairs
+
+
+def full_product(name: str, placed: bool) -> int:
+    return sum(math.prod(map(len, options.values())) for _, options in structures(name, placed))
+
+
+if __name__ == "__main__":
+    for placed in (False, True):
+        for name in TABLES:
+            print(f"{name:12} {'eight devices' if placed else 'one device':14}", end="")
+            print(f"{full_product(name, placed):12,} combinations, {len(cases(name, placed))} run")
