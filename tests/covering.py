@@ -88,7 +88,7 @@ TABLES = {
     ),
     "divergences": table(
         dict.fromkeys(("softmax_kl_divergence", "softmax_js_divergence"), {"temperature", *OF_SOFTMAX}),
-        source=("dense", "layers", "layer to dense", "dense to layer"),
+        source=("dense", "layers", "a layer and an array"),
     ),
     "sigmoid": table(
         {
@@ -172,7 +172,7 @@ def covering(
     """
     rng = random.Random(seed)
 
-    def complete(row: dict[str, Any], left: list[str], missing: set[Levels]) -> dict[str, Any] | None:
+    def complete(row: dict[str, Any], left: list[str], missing: dict[Levels, None]) -> dict[str, Any] | None:
         if not left:
             return row
         factor, *rest = left
@@ -188,22 +188,21 @@ def covering(
                 return found
         return None
 
-    def candidate(start: Levels, missing: set[Levels]) -> dict[str, Any] | None:
-        left = [factor for factor in factors if factor not in dict(start)]
+    def candidate(start: Levels, missing: dict[Levels, None]) -> dict[str, Any] | None:
+        left = [factor for factor in factors if factor not in dict(start)]  # the loss first: it decides most
         if any(forbidden(name, a, b) for a, b in itertools.combinations(start, 2)):
             return None
         return complete(dict(start), left, missing)
 
     levels = [(factor, x) for factor, of in factors.items() for x in of]
-    pairs = {frozenset(pair) for pair in itertools.combinations(levels, 2) if pair[0][0] != pair[1][0]}
-    missing = {x for x in [*pairs, *also] if candidate(x, set()) is not None}
+    pairs = [frozenset(pair) for pair in itertools.combinations(levels, 2) if pair[0][0] != pair[1][0]]
+    # a dict and not a set, whose order is not the same each time
+    missing = dict.fromkeys(x for x in [*pairs, *also] if candidate(x, {}) is not None)
     rows = []
     while missing:
-        starts = rng.sample(sorted(missing, key=repr), min(4, len(missing)))
-        candidates = [{*levels_of.items()} for x in starts if (levels_of := candidate(x, missing))]
-        best = max(candidates, key=lambda row: sum(x <= row for x in missing))
-        rows.append(dict(best))
-        missing = {x for x in missing if not x <= best}
+        starts = rng.sample(list(missing), min(4, len(missing)))
+        rows.append(max((candidate(x, missing) for x in starts), key=lambda row: sum(x <= row.items() for x in missing)))
+        missing = {x: None for x in missing if not x <= rows[-1].items()}
     return rows
 
 

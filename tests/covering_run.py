@@ -28,8 +28,7 @@ ROWS = {"N": (16,), "BT": (8, 2)}
 AXIS = {"N": 0, "BT": 1}  # where classes are moved to
 STATIC = ("label_smoothing", "z_loss", "gamma", "epsilon", "alpha", "gamma_negative", "gamma_positive", "clip")
 OF_LAYER = {"softcap": "softcap", "layer_temperature": "temperature"}
-HALF = {"float32": 0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-DIVERGENCE = {"dense": (), "layers": ("", "target_"), "layer to dense": ("",), "dense to layer": ("target_",)}
+EPS = {"float32": 0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # what rounding a gradient takes, beside float32's
 
 
 class Built(NamedTuple):
@@ -41,8 +40,11 @@ class Built(NamedTuple):
 
 def layered(case: Case) -> tuple[str, ...]:
     """Prefixes of the logits that are layers."""
-    source = case["source"] or "dense"
-    return DIVERGENCE[source] if source in DIVERGENCE else ("",)
+    if case["source"] in (None, "dense"):
+        return ()
+    if case["source"] == "a layer and an array":
+        return ("",) if case["loss"] == "softmax_kl_divergence" else ("target_",)
+    return ("", "target_")
 
 
 def shape_of_losses(case: Case) -> tuple[int, ...]:
@@ -128,7 +130,7 @@ class Builder:
     def logits(self, prefix: str = "") -> tuple[np.ndarray, Any]:
         """What is differentiated (logits, or the product of a layer), and from it to the logits."""
         case, rng = self.case, self.rng
-        if prefix not in layered(case) or case["source"] == "dense":
+        if prefix not in layered(case):
             z = self.clean[prefix + "logits"] = self.floats(1.5 * rng.normal(size=self.force.shape))
             garbage = np.where(np.arange(V) % 2 == 0, np.nan, 6e4)
             dirty = np.where(self.gone[..., None], np.nan, np.where(self.force, z, garbage))
@@ -153,7 +155,7 @@ class Builder:
         q = self.labels()
         z, transform = self.logits()
         if self.loss == "softmax_loss":
-            self.options["advantage"] = self.clean["advantage"] = np.float32(self.rng.normal(size=self.rows))
+            self.options["advantage"] = self.clean["advantage"] = cases.rounded(self.rng.normal(size=self.rows))
             self.dirty["advantage"] = np.where(self.gone, np.nan, self.clean["advantage"])
 
         def f(z: np.ndarray, q: Any, **more: Any) -> np.ndarray:
@@ -177,11 +179,10 @@ class Builder:
         return f(z, t).real
 
     def binary_labels(self) -> np.ndarray:
-        kind, y = self.case["labels"], self.rng.uniform(size=self.shape)
+        kind = self.case["labels"]
+        y = self.floats(self.rng.choice([0, 0.2, 0.9, 1] if kind == "float" else [0, 1], size=self.shape))
         if kind == "float":
-            y = self.clean["labels"] = self.floats(np.where(y < 0.2, 0, y))
-        else:
-            y = np.round(y)
+            self.clean["labels"] = y
         self.dirty["labels"] = y > 0 if kind == "bool" else np.where(self.gone, 7, y)
         if kind == "integer":
             self.dirty["labels"] = self.dirty["labels"].astype(np.int32)
@@ -209,7 +210,7 @@ class Builder:
     def probability(self) -> np.ndarray:
         binary, slopes = self.loss == "binary_cross_entropy", oracle.row_slopes
         y = self.binary_labels() if binary else self.labels()
-        x = self.rng.uniform(0.02, 0.98, size=(*self.rows, V))
+        x = self.rng.uniform(0.25, 0.75, size=(*self.rows, V))  # not a label
         if self.loss == "mean":
             x = self.rng.normal(size=self.shape)
         if self.loss in ("nll_loss", "kl_divergence"):
@@ -394,7 +395,7 @@ def wrong(case: Case, result: Any) -> list[str]:
     inputs = inputs[0]
     checks = {"value": (value, built.value, 0.0)}
     for name, g in gradients.items():
-        checks[f"gradient by {name}"] = (g, built.gradients[name], HALF[str(g.dtype)])
+        checks[f"gradient by {name}"] = (g, built.gradients[name], EPS[str(g.dtype)] * (3 if layered(case) else 1))
     found = []
     if gradients.keys() != built.gradients.keys():
         found.append(f"gradients by {sorted(gradients)}, not {sorted(built.gradients)}")
