@@ -121,7 +121,11 @@ DEVICES = {
     "mode": ("auto mesh", "explicit mesh", "explicit mesh, set_mesh", "shard_map"),
     "split": ("by rows", "by classes", "by both", "unlike"),
 }
-ALONE = "alone"  # a factor whose levels are those of all options
+ALONE = "alone"  # a factor whose levels are those of all options, but
+# what a layer makes of its product is alone in one table; and on a mesh what is an array, or moves or adds up some
+OF_PRODUCTS = {"softmax"}
+ON_A_MESH = {"where", "weights", "ignore_index", "class_weights", "class_mask", "axis", "pos_weight", "bias"}
+ON_A_MESH |= {"label_smoothing", "z_loss"}
 
 
 @functools.cache
@@ -179,7 +183,8 @@ def covering(
         set_already = list(row.items())
 
         def gain(x: Any) -> float:
-            return sum(frozenset(((factor, x), level)) in missing for level in set_already) + rng.random()
+            new = sum(frozenset(((factor, x), level)) in missing for level in set_already)
+            return new + rng.random() * (0.9 if x == factors[factor][0] else 0.5)  # the first is the plainest
 
         allowed = [x for x in factors[factor] if not any(forbidden(name, (factor, x), y) for y in set_already)]
         for x in sorted(allowed, key=gain, reverse=True):
@@ -206,19 +211,37 @@ def covering(
     return rows
 
 
+def combinations_of(factors: dict[str, tuple[Any, ...]]) -> list[Levels]:
+    return [frozenset(zip(factors, x, strict=True)) for x in itertools.product(*factors.values())]
+
+
+def alone_of(name: str, placed: bool) -> tuple[Level, ...]:
+    left_out = set() if name in OF_PRODUCTS else OF_LAYERS
+    return tuple(
+        (option, x)
+        for option, levels in TABLES[name].options.items()
+        for x in levels
+        if option not in left_out and (option in ON_A_MESH or not placed)
+    )
+
+
 @functools.cache
 def cases(name: str, placed: bool) -> tuple[Case, ...]:
     """Every option alone, with every level of every other factor; then every pair of options and of factors."""
-    factors = factors_of(name, placed)
-    alone = tuple((option, x) for option, levels in TABLES[name].options.items() for x in levels)
+    factors, alone = factors_of(name, placed), alone_of(name, placed)
     also = []
-    if placed and name == "softmax":  # a mean has its own arrays, of shapes alone
-        also = [
-            frozenset([(ALONE, x), ("mode", mode), ("reduction", "mean")]) for x in alone for mode in DEVICES["mode"]
-        ]
+    if placed:  # what three factors decide: a mean has its own arrays, and what is split shows where it is split
+        also = combinations_of({"mode": factors["mode"], ALONE: alone, "reduction": ("mean",)})
+        if name != "divergences":  # half a second each
+            also += combinations_of({x: factors[x] for x in ("mode", "split", "reduction")})
+        if name == "softmax":
+            also += combinations_of({x: factors[x] for x in ("mode", "split", "source")})
     rows = covering(name, factors | {ALONE: (None, *alone)}, also)
     rows = [{**row, **dict([row[ALONE]] if row[ALONE] else [])} for row in rows]
-    rows += covering(name, factors | options_of(name))
+    # a class weight of 0 hides its rows, but not with smoothing
+    both = {"class_weights": ("given",), "label_smoothing": (0.2,), "labels": ("index",)}
+    weighted = combinations_of({"loss": factors["loss"], **both}) if name == "softmax" else []
+    rows += covering(name, factors | options_of(name), weighted)
     return tuple(Case(name, tuple((f, row.get(f)) for f in {**factors, **options_of(name)})) for row in rows)
 
 

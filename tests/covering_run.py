@@ -304,24 +304,25 @@ def of_statistics(s: Any, advantage: Any, labelled: bool) -> Any:
 
 def spec(case: Case, name: str, x: np.ndarray) -> P:
     """How an input is split: rows over two devices, classes over four."""
-    split, rows = case["split"], ROWS[case["shape"]]
+    rows, split = len(ROWS[case["shape"]]), case["split"]
     of_rows = None if split == "by classes" else "rows"
     of_classes = None if split == "by rows" else "classes"
-    if split == "unlike" and name.removeprefix("target_") != name or name not in OF_LOGITS:
-        if split == "unlike":
-            of_classes, of_rows = None, of_rows if x.ndim > len(rows) or name == "advantage" else None
-            of_rows = None if name in ("where", "weights", "class_mask") else of_rows
-    if name.endswith("kernel") or x.ndim == 1 and x.shape[0] == V:
-        return P(None, of_classes) if x.ndim == 2 else P(of_classes)
-    axes = [of_rows, *[None] * (len(rows) - 1), *[of_classes] * (x.ndim - len(rows))]
-    if name.endswith("hidden"):
-        axes[-1] = None
-    if case["axis"] and x.ndim > len(rows):
-        axes.insert(AXIS[case["shape"]], axes.pop())
+    if split == "unlike" and name not in WITH_THE_LOGITS:  # as the one-hot of split labels; masks are in one place
+        of_rows, of_classes = "rows" if name in TARGETS and x.ndim > rows else None, None
+    if name.endswith("kernel"):
+        return P(None, of_classes)
+    if name in ("bias", "target_bias", "class_weights", "pos_weight") or (name == "class_mask" and x.ndim == 1):
+        return P(of_classes)
+    axes = [of_rows, *[None] * (x.ndim - 1)]
+    if x.ndim > rows and not name.endswith("hidden"):
+        axes[AXIS[case["shape"]] if case["axis"] else -1] = of_classes
+        if case["axis"] and case["shape"] == "N":
+            axes[1] = of_rows
     return P(*axes)
 
 
-OF_LOGITS = ("logits", "hidden", "kernel", "bias", "cotangent")
+WITH_THE_LOGITS = ("logits", "hidden", "kernel", "bias", "advantage", "cotangent")
+TARGETS = ("labels", "target_logits", "target_hidden")
 
 
 def placed_loss(case: Case, x: dict[str, Any], mesh: Any) -> Any:
