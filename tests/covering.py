@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -70,7 +71,13 @@ OF_SIGMOID = {"pos_weight", "label_smoothing", *COMMON}
 def table(of_loss: dict[str, set[str]], **factors: tuple[Any, ...]) -> Table:
     taken = set.union(*of_loss.values())
     options = {name: levels for name, levels in OPTIONS.items() if name in taken}
-    factors = {"loss": tuple(of_loss), "reduction": REDUCTIONS, "dtype": DTYPES, "shape": ("N", "BT"), **factors}
+    factors = {
+        "loss": tuple(of_loss),
+        "reduction": REDUCTIONS,
+        "dtype": DTYPES,
+        "shape": ("N", "BT"),
+        **factors,
+    }
     return Table(factors, options, of_loss)
 
 
@@ -87,7 +94,10 @@ TABLES = {
         source=("dense", *LAYERS),
     ),
     "divergences": table(
-        dict.fromkeys(("softmax_kl_divergence", "softmax_js_divergence"), {"temperature", *OF_SOFTMAX}),
+        {
+            "softmax_kl_divergence": {"temperature", *OF_SOFTMAX},
+            "softmax_js_divergence": {"temperature", *OF_SOFTMAX},
+        },
         source=("dense", "layers", "a layer and an array"),
     ),
     "sigmoid": table(
@@ -144,7 +154,9 @@ def _forbidden(name: str, factor: str, x: Any, other: str, y: Any) -> bool:
         if other == "labels" and name != "sigmoid":
             return y not in LABELS.get(x, {"index", "distribution"})
         if x == "mean":  # the reduction is its own, and there are no classes
-            return (other == "reduction" and y != "none") or (other == "split" and y in ("by classes", "by both"))
+            return (other == "reduction" and y != "none") or (
+                other == "split" and y in ("by classes", "by both")
+            )
     if factor == "labels":
         return other == "ignore_index" and x != "index"
     if factor == "source":  # the class axis of a layer is its last
@@ -186,7 +198,9 @@ def covering(
             new = sum(frozenset(((factor, x), level)) in missing for level in set_already)
             return new + rng.random() * (0.9 if x == factors[factor][0] else 0.5)  # the first is the plainest
 
-        allowed = [x for x in factors[factor] if not any(forbidden(name, (factor, x), y) for y in set_already)]
+        allowed = [
+            x for x in factors[factor] if not any(forbidden(name, (factor, x), y) for y in set_already)
+        ]
         for x in sorted(allowed, key=gain, reverse=True):
             found = complete(row | {factor: x}, rest, missing)
             if found is not None:
@@ -206,7 +220,12 @@ def covering(
     rows = []
     while missing:
         starts = rng.sample(list(missing), min(4, len(missing)))
-        rows.append(max((candidate(x, missing) for x in starts), key=lambda row: sum(x <= row.items() for x in missing)))
+        rows.append(
+            max(
+                (candidate(x, missing) for x in starts),
+                key=lambda row: sum(x <= row.items() for x in missing),
+            )
+        )
         missing = {x: None for x in missing if not x <= rows[-1].items()}
     return rows
 
@@ -230,12 +249,13 @@ def cases(name: str, placed: bool) -> tuple[Case, ...]:
     """Every option alone, with every level of every other factor; then every pair of options and of factors."""
     factors, alone = factors_of(name, placed), alone_of(name, placed)
     also = []
-    if placed:  # what three factors decide: a mean has its own arrays, and what is split shows where it is split
-        also = combinations_of({"mode": factors["mode"], ALONE: alone, "reduction": ("mean",)})
-        if name != "divergences":  # half a second each
-            also += combinations_of({x: factors[x] for x in ("mode", "split", "reduction")})
-        if name == "softmax":
-            also += combinations_of({x: factors[x] for x in ("mode", "split", "source")})
+    if (
+        placed and name == "softmax"
+    ):  # what three factors decide: a mean's own arrays, and what is split where
+        also = combinations_of({x: factors[x] for x in ("mode", "split", "reduction")})
+        also += combinations_of({x: factors[x] for x in ("mode", "split", "source")})
+    if placed and name != "divergences":  # which take half a second each
+        also += combinations_of({"mode": factors["mode"], ALONE: alone, "reduction": ("mean",)})
     rows = covering(name, factors | {ALONE: (None, *alone)}, also)
     rows = [{**row, **dict([row[ALONE]] if row[ALONE] else [])} for row in rows]
     # a class weight of 0 hides its rows, but not with smoothing
@@ -245,34 +265,51 @@ def cases(name: str, placed: bool) -> tuple[Case, ...]:
     return tuple(Case(name, tuple((f, row.get(f)) for f in {**factors, **options_of(name)})) for row in rows)
 
 
-def structures(name: str, placed: bool) -> Iterator[tuple[dict[str, Any], dict[str, tuple[Any, ...]]]]:
-    """All that is not an option, and the levels of options that may stand beside it."""
+def worlds(name: str, placed: bool) -> Iterator[tuple[Levels, Levels]]:
+    """Everything that is not an option, in all ways, each with the levels of options that may stand beside it."""
     factors = factors_of(name, placed)
-    for levels in itertools.product(*factors.values()):
-        row = dict(zip(factors, levels, strict=True))
-        if not any(forbidden(name, a, b) for a, b in itertools.combinations(row.items(), 2)):
-            yield row, {
-                option: tuple(x for x in of if not any(forbidden(name, (option, x), y) for y in row.items()))
-                for option, of in options_of(name).items()
-            }
+    options = frozenset((option, x) for option, of in options_of(name).items() for x in of)
+    banned = {
+        (factor, x): frozenset(level for level in options if forbidden(name, (factor, x), level))
+        for factor, of in factors.items()
+        for x in of
+    }
+    rows: list[tuple[Level, ...]] = [()]
+    for factor, of in factors.items():
+        more = itertools.product(rows, ((factor, x) for x in of))
+        rows = [
+            (*row, level) for row, level in more if not any(forbidden(name, level, other) for other in row)
+        ]
+    for row in rows:
+        yield frozenset(row), options.difference(*(banned[level] for level in row))
 
 
 def sensible_pairs(name: str, placed: bool) -> set[Levels]:
-    """By going through all structures, where `covering` completes what it starts from."""
-    pairs = set()
-    for row, options in structures(name, placed):
-        own, of_options = [*row.items()], [(option, x) for option, of in options.items() for x in of]
-        pairs.update(map(frozenset, itertools.combinations(own, 2)), map(frozenset, itertools.product(own, of_options)))
-        pairs.update(frozenset(p) for p in itertools.combinations(of_options, 2) if p[0][0] != p[1][0])
-    return pairs
+    """Those that some world holds; found without `covering`, which completes what it starts from."""
+    held = {row | options for row, options in worlds(name, placed)}
+    factors = factors_of(name, placed) | options_of(name)
+    levels = [[(factor, x) for x in of] for factor, of in factors.items()]
+    pairs = {
+        frozenset(pair) for a, b in itertools.combinations(levels, 2) for pair in itertools.product(a, b)
+    }
+    return {pair for pair in pairs if any(pair <= world for world in held)}
 
 
 def full_product(name: str, placed: bool) -> int:
-    return sum(math.prod(map(len, options.values())) for _, options in structures(name, placed))
+    """How many combinations there are."""
+    counts = (Counter(option for option, _ in options) for _, options in worlds(name, placed))
+    return sum(math.prod(count.values()) for count in counts)
+
+
+def counted() -> str:
+    lines = []
+    for placed, name in itertools.product((False, True), TABLES):
+        where = "eight devices" if placed else "one device"
+        lines.append(
+            f"{name:12} {where:14}{full_product(name, placed):12,} combinations, {len(cases(name, placed))} run"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    for placed in (False, True):
-        for name in TABLES:
-            print(f"{name:12} {'eight devices' if placed else 'one device':14}", end="")
-            print(f"{full_product(name, placed):12,} combinations, {len(cases(name, placed))} run")
+    print(counted())

@@ -1,13 +1,8 @@
-"""What a case of tests/covering.py is in numbers, what it must give, and how many of them run as one program.
-
-What options hide is garbage where jaxent sees it: NaN rows, bad labels, huge or NaN logits of hidden classes. The
-oracle sees ordinary numbers there, so a case says that they do not matter.
-"""
+"""Cases of tests/covering.py on a mesh or one device: many of them one program, and what is wrong with each."""
 
 import contextlib
 import functools
-import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,263 +12,25 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import cases
 import harness
 import jaxent
 import oracle_complex as oracle
 from covering import Case
+from covering_numbers import AXIS, ROWS, build, layered, shape_of_losses, static_options
 
-V, D = 20, 3  # ragged blocks of classes; more than one block of rows on each of two devices
-ROWS = {"N": (16,), "BT": (8, 2)}
-AXIS = {"N": 0, "BT": 1}  # where classes are moved to
-STATIC = ("label_smoothing", "z_loss", "gamma", "epsilon", "alpha", "gamma_negative", "gamma_positive", "clip")
 OF_LAYER = {"softcap": "softcap", "layer_temperature": "temperature"}
-EPS = {"float32": 0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # what rounding a gradient takes, beside float32's
-
-
-class Built(NamedTuple):
-    inputs: dict[str, np.ndarray]  # what jaxent gets, of which the floats are differentiated
-    cotangent: np.ndarray
-    value: np.ndarray
-    gradients: dict[str, np.ndarray]
-
-
-def layered(case: Case) -> tuple[str, ...]:
-    """Prefixes of the logits that are layers."""
-    if case["source"] in (None, "dense"):
-        return ()
-    if case["source"] == "a layer and an array":
-        return ("",) if case["loss"] == "softmax_kl_divergence" else ("target_",)
-    return ("", "target_")
-
-
-def shape_of_losses(case: Case) -> tuple[int, ...]:
-    rows = ROWS[case["shape"]]
-    return (*rows, V) if case.table == "sigmoid" or case["loss"] == "binary_cross_entropy" else rows
-
-
-def moved(case: Case, x: np.ndarray) -> np.ndarray:
-    rows = ROWS[case["shape"]]
-    return np.moveaxis(x, -1, AXIS[case["shape"]]) if case["axis"] and x.shape == (*rows, V) else x
-
-
-class Builder:
-    def __init__(self, case: Case):
-        self.case, self.loss = case, case["loss"]
-        self.rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-        self.rows, self.shape = ROWS[case["shape"]], shape_of_losses(case)
-        self.clean: dict[str, Any] = {}  # what the oracle sees
-        self.dirty: dict[str, Any] = {}
-        self.slopes: dict[str, np.ndarray] = {}  # of the losses, one row or element each
-        self.options = {name: case[name] for name in STATIC if case[name] is not None}
-
-    def floats(self, x: np.ndarray) -> np.ndarray:
-        return x.astype(cases.NUMPY_DTYPES[self.case["dtype"]]).astype(np.float64)
-
-    def built(self) -> Built:
-        self.masks()
-        losses = {
-            "softmax": self.softmax,
-            "divergences": self.divergence,
-            "sigmoid": self.sigmoid,
-            "probability": self.probability,
-        }[self.case.table]()
-        return self.reduced(losses)
-
-    def masks(self) -> None:
-        case, rng, position = self.case, self.rng, np.arange(np.prod(self.shape)).reshape(self.shape)
-        self.counts, self.weights = np.ones(self.shape, bool), np.ones(self.shape)
-        if case["where"]:
-            self.counts = self.dirty["where"] = (rng.uniform(size=self.shape) < 0.7) & (position % 16 != 3)
-        self.gone = ~self.counts  # rows that hold garbage
-        if case["weights"]:
-            self.weights = cases.rounded(rng.uniform(0.5, 2, size=self.shape)) * (position % 5 != 2)
-            self.gone |= (self.weights == 0) & (position % 2 == 0)
-            self.dirty["weights"] = np.where(self.counts, self.weights, np.nan)
-        self.force = np.ones((*self.rows, V), bool)
-        if case["class_mask"]:
-            mask = rng.uniform(size=V if case["class_mask"] == "[V]" else self.force.shape) < 0.7
-            mask[..., 5:7] = [True, False]
-            self.force, self.dirty["class_mask"] = self.force & mask, mask
-        self.w_y = 1.0
-        if case["class_weights"]:
-            self.class_weights = cases.rounded(rng.uniform(0.5, 2, size=V))
-            self.class_weights[[5, 11]] = 0
-            self.options["class_weights"] = self.dirty["class_weights"] = self.class_weights
-
-    def labels(self) -> Any:
-        """Targets q, of a class index its one-hot row."""
-        case, rng, kind = self.case, self.rng, self.case["labels"]
-        if kind == "no labels":
-            return None
-        if kind == "index":
-            label = np.where(self.force, rng.gumbel(size=self.force.shape), -np.inf).argmax(-1)
-            label.flat[4:6] = 5  # of class weight 0
-            q = np.eye(V)[label]
-            hidden = self.gone
-            if case["ignore_index"]:
-                ignored = np.arange(label.size).reshape(label.shape) % 7 == 1
-                self.counts, hidden = self.counts & ~ignored, hidden & ~ignored
-                self.gone, label = self.gone | ignored, np.where(ignored, case["ignore_index"], label)
-            if case["class_weights"]:
-                self.w_y = self.class_weights[q.argmax(-1)]
-                if not case["label_smoothing"]:
-                    self.gone = self.gone | (self.w_y == 0)
-            self.dirty["labels"] = np.where(hidden, V + 7, label).astype(np.int32)
-            return q
-        q = np.exp(2 * rng.normal(size=self.force.shape)) * self.force * (rng.uniform(size=self.force.shape) < 0.5)
-        q[..., 5] += 0.1
-        q = self.clean["labels"] = self.floats(q / q.sum(-1, keepdims=True))
-        self.dirty["labels"] = np.where(self.gone[..., None], np.nan, q)
-        return q
-
-    def logits(self, prefix: str = "") -> tuple[np.ndarray, Any]:
-        """What is differentiated (logits, or the product of a layer), and from it to the logits."""
-        case, rng = self.case, self.rng
-        if prefix not in layered(case):
-            z = self.clean[prefix + "logits"] = self.floats(1.5 * rng.normal(size=self.force.shape))
-            garbage = np.where(np.arange(V) % 2 == 0, np.nan, 6e4)
-            dirty = np.where(self.gone[..., None], np.nan, np.where(self.force, z, garbage))
-            self.dirty[prefix + "logits"] = dirty
-            return z, lambda z: z
-        hidden, kernel = (self.floats(rng.normal(size=size)) for size in ((*self.rows, D), (D, V)))
-        parts = {"hidden": hidden, "kernel": kernel}
-        if case["bias"]:
-            parts["bias"] = self.floats(rng.normal(size=V))
-        out_of_force = ~self.force.reshape(-1, V).any(0)
-        self.clean |= {prefix + name: x for name, x in parts.items()}
-        self.dirty |= {prefix + name: np.where(out_of_force, 6e4, x) for name, x in parts.items() if name != "hidden"}
-        self.dirty[prefix + "hidden"] = np.where(self.gone[..., None], np.nan, hidden)
-        cap, temperature = case["softcap"], case["layer_temperature"] or 1
-
-        def transform(z: np.ndarray) -> np.ndarray:
-            return (cap * np.tanh(z / cap) if cap else z) / temperature
-
-        return hidden @ kernel + parts.get("bias", 0), transform
-
-    def softmax(self) -> np.ndarray:
-        q = self.labels()
-        z, transform = self.logits()
-        if self.loss == "softmax_loss":
-            self.options["advantage"] = self.clean["advantage"] = cases.rounded(self.rng.normal(size=self.rows))
-            self.dirty["advantage"] = np.where(self.gone, np.nan, self.clean["advantage"])
-
-        def f(z: np.ndarray, q: Any, **more: Any) -> np.ndarray:
-            return oracle.softmax(self.loss, transform(z), q, self.force, self.w_y, self.options | more)
-
-        self.slopes["logits"] = oracle.row_slopes(lambda z: f(z, q), z)
-        if "labels" in self.clean:
-            self.slopes["labels"] = oracle.row_slopes(lambda q: f(z, q), q)
-        if "advantage" in self.clean:
-            self.slopes["advantage"] = oracle.slopes(lambda x: f(z, q, advantage=x), self.clean["advantage"])
-        return f(z, q).real
-
-    def divergence(self) -> np.ndarray:
-        (z, of_z), (t, of_t) = self.logits(), self.logits("target_")
-
-        def f(z: np.ndarray, t: np.ndarray) -> np.ndarray:
-            return oracle.divergence(self.loss, of_z(z), of_t(t), self.force, self.case["temperature"] or 1)
-
-        self.slopes["logits"] = oracle.row_slopes(lambda z: f(z, t), z)
-        self.slopes["target_logits"] = oracle.row_slopes(lambda t: f(z, t), t)
-        return f(z, t).real
-
-    def binary_labels(self) -> np.ndarray:
-        kind = self.case["labels"]
-        y = self.floats(self.rng.choice([0, 0.2, 0.9, 1] if kind == "float" else [0, 1], size=self.shape))
-        if kind == "float":
-            self.clean["labels"] = y
-        self.dirty["labels"] = y > 0 if kind == "bool" else np.where(self.gone, 7, y)
-        if kind == "integer":
-            self.dirty["labels"] = self.dirty["labels"].astype(np.int32)
-        return y
-
-    def sigmoid(self) -> np.ndarray:
-        y = self.binary_labels()
-        z = self.clean["logits"] = self.floats(2 * self.rng.normal(size=self.shape))
-        self.dirty["logits"] = np.where(self.gone, np.nan, z)
-        pos_weight = self.case["pos_weight"] or 1
-        if pos_weight == "[V]":
-            pos_weight = self.clean["pos_weight"] = cases.rounded(self.rng.uniform(0.5, 2, size=V))
-            self.dirty["pos_weight"] = pos_weight
-
-        def f(z: Any, y: Any, w: Any) -> np.ndarray:
-            return oracle.sigmoid(self.loss, z, y, w, self.options)
-
-        self.slopes["logits"] = oracle.slopes(lambda z: f(z, y, pos_weight), z)
-        if "labels" in self.clean:
-            self.slopes["labels"] = oracle.slopes(lambda y: f(z, y, pos_weight), y)
-        if "pos_weight" in self.clean:
-            self.slopes["pos_weight"] = oracle.slopes(lambda w: f(z, y, w), pos_weight)
-        return f(z, y, pos_weight).real
-
-    def probability(self) -> np.ndarray:
-        binary, slopes = self.loss == "binary_cross_entropy", oracle.row_slopes
-        y = self.binary_labels() if binary else self.labels()
-        x = self.rng.uniform(0.25, 0.75, size=(*self.rows, V))  # not a label
-        if self.loss == "mean":
-            x = self.rng.normal(size=self.shape)
-        if self.loss in ("nll_loss", "kl_divergence"):
-            x = np.log(x / x.sum(-1, keepdims=True))
-        if self.shape == x.shape:
-            slopes = oracle.slopes
-        x = self.clean["logits"] = self.floats(x)
-        gone = self.gone if self.shape == x.shape else self.gone[..., None]
-        self.dirty["logits"] = np.where(gone, np.nan, x)
-
-        def f(x: np.ndarray, y: Any) -> np.ndarray:
-            return oracle.probability(self.loss, x, y, self.options)
-
-        self.slopes["logits"] = slopes(lambda x: f(x, y), x)
-        if "labels" in self.clean:
-            self.slopes["labels"] = slopes(lambda y: f(x, y), y)
-        return f(x, y).real
-
-    def reduced(self, losses: np.ndarray) -> Built:
-        reduction = "mean" if self.loss == "mean" else self.case["reduction"]
-        ct = harness.cotangent_of(self.shape) if reduction == "none" else np.float64(1.25)
-        total = np.where(self.counts, self.weights * self.w_y, 0).sum()
-        weighted = np.where(self.counts, self.weights * losses, 0)
-        value = {"none": weighted, "sum": weighted.sum(), "mean": weighted.sum() / total}[reduction]
-        # of the losses, and of the weights; what is gone has no part in either
-        scale = np.where(self.counts, ct * self.weights, 0) / (total if reduction == "mean" else 1)
-        of_weights = ct * (losses - value * self.w_y) / total if reduction == "mean" else ct * losses
-        gradients = {} if "weights" not in self.dirty else {"weights": np.where(self.gone, 0, of_weights)}
-        for name, slope in self.slopes.items():
-            g = slope * (scale if slope.ndim == scale.ndim else scale[..., None])
-            prefix = name.removesuffix("logits")
-            if name == "pos_weight":
-                gradients[name] = g.reshape(-1, V).sum(0)
-            elif name.endswith("logits") and name not in self.clean:
-                hidden, kernel = (self.clean[prefix + part] for part in ("hidden", "kernel"))
-                gradients[prefix + "hidden"] = g @ kernel.T
-                gradients[prefix + "kernel"] = hidden.reshape(-1, D).T @ g.reshape(-1, V)
-                if prefix + "bias" in self.clean:
-                    gradients[prefix + "bias"] = g.reshape(-1, V).sum(0)
-            else:
-                gradients[name] = moved(self.case, g)
-        wide = {"weights", "class_weights", "advantage", "pos_weight"}
-        inputs = {
-            name: np.asarray(harness.cast(moved(self.case, x), "float32" if name in wide else self.case["dtype"]))
-            for name, x in self.dirty.items()
-        }
-        return Built(inputs, np.float32(ct), value, gradients)
-
-
-@functools.cache
-def build(case: Case) -> Built:
-    return Builder(case).built()
+# what rounding takes from a gradient: float32's, then that of its own dtype; layers round their operands as well
+EXACT = 4e-6
+HALF = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+WITH_THE_LOGITS = ("logits", "hidden", "kernel", "bias", "advantage", "cotangent")
+TARGETS = ("labels", "target_logits", "target_hidden")
+OF_CLASSES = ("bias", "target_bias", "class_weights", "pos_weight")
 
 
 def loss(case: Case, x: dict[str, Any], **axes: str) -> Any:
     """The case as a user writes it, of `inputs`."""
-    options = {name: case[name] for name in STATIC if case[name] is not None}
-    options |= {name: x[name] for name in ("where", "weights", "class_weights", "class_mask") if name in x}
-    if case["pos_weight"]:
-        options["pos_weight"] = x.get("pos_weight", case["pos_weight"])
-    if case["axis"]:
-        options["axis"] = AXIS[case["shape"]]
-    options |= {name: case[name] for name in ("ignore_index", "temperature") if case[name] is not None}
+    arrays = ("where", "weights", "class_weights", "class_mask", "pos_weight")
+    options = static_options(case) | {name: x[name] for name in arrays if name in x}
     if case["loss"] == "mean":
         return jaxent.mean(x["logits"], **options, axis_name=axes.get("batch_axis_name"))
     options["reduction"] = case["reduction"]
@@ -282,7 +39,9 @@ def loss(case: Case, x: dict[str, Any], **axes: str) -> Any:
         if prefix + "logits" in x:
             return x[prefix + "logits"]
         of_layer = {new: case[name] for name, new in OF_LAYER.items() if case[name] is not None}
-        return jaxent.LinearLogits(*(x.get(prefix + part) for part in ("hidden", "kernel", "bias")), **of_layer)
+        return jaxent.LinearLogits(
+            *(x.get(prefix + part) for part in ("hidden", "kernel", "bias")), **of_layer
+        )
 
     f, inputs = getattr(jaxent, case["loss"]), [logits("")]
     if case.table == "divergences":
@@ -302,48 +61,45 @@ def of_statistics(s: Any, advantage: Any, labelled: bool) -> Any:
     return oracle.policy(log_prob, s.entropy, s.log_normalizer, s.mean_log_prob, advantage)
 
 
-def spec(case: Case, name: str, x: np.ndarray) -> P:
+def spec(case: Case, name: str, x: Any) -> P:
     """How an input is split: rows over two devices, classes over four."""
     rows, split = len(ROWS[case["shape"]]), case["split"]
     of_rows = None if split == "by classes" else "rows"
     of_classes = None if split == "by rows" else "classes"
-    if split == "unlike" and name not in WITH_THE_LOGITS:  # as the one-hot of split labels; masks are in one place
+    if (
+        split == "unlike" and name not in WITH_THE_LOGITS
+    ):  # like the one-hot rows of split labels; masks are whole
         of_rows, of_classes = "rows" if name in TARGETS and x.ndim > rows else None, None
     if name.endswith("kernel"):
         return P(None, of_classes)
-    if name in ("bias", "target_bias", "class_weights", "pos_weight") or (name == "class_mask" and x.ndim == 1):
+    if name in OF_CLASSES or (name == "class_mask" and x.ndim == 1):
         return P(of_classes)
-    axes = [of_rows, *[None] * (x.ndim - 1)]
-    if x.ndim > rows and not name.endswith("hidden"):
-        axes[AXIS[case["shape"]] if case["axis"] else -1] = of_classes
-        if case["axis"] and case["shape"] == "N":
-            axes[1] = of_rows
+    axes = [of_rows, *[None] * (rows - 1)]
+    if x.ndim > rows:
+        at = AXIS[case["shape"]] if case["axis"] else rows
+        axes.insert(at, None if name.endswith("hidden") else of_classes)
     return P(*axes)
 
 
-WITH_THE_LOGITS = ("logits", "hidden", "kernel", "bias", "advantage", "cotangent")
-TARGETS = ("labels", "target_logits", "target_hidden")
-
-
 def placed_loss(case: Case, x: dict[str, Any], mesh: Any) -> Any:
-    with harness.blocks(case["source"] if case["source"] in harness.LINEAR else "rows" if layered(case) else "dense"):
-        if case["mode"] != "shard_map":
-            return loss(case, x)
-        split = case["split"]
-        axes = {"batch_axis_name": "rows"} if split != "by classes" else {}
-        axes |= {"class_axis_name": "classes"} if split != "by rows" else {}
-        is_scalar = case["loss"] == "mean" or case["reduction"] != "none"
-        out = P() if is_scalar else spec(case, "cotangent", np.empty(shape_of_losses(case)))
-        specs = {name: spec(case, name, value) for name, value in x.items()}
-        f = functools.partial(loss, case, **axes)
-        return jax.shard_map(f, mesh=mesh, in_specs=(specs,), out_specs=out)(x)
+    if case["mode"] != "shard_map":
+        return loss(case, x)
+    axes = {"batch_axis_name": "rows", "class_axis_name": "classes"}
+    axes.pop({"by classes": "batch_axis_name", "by rows": "class_axis_name"}.get(case["split"]), None)
+    of_losses = spec(case, "cotangent", np.empty(shape_of_losses(case)))
+    is_scalar = case["loss"] == "mean" or case["reduction"] != "none"
+    specs = {name: spec(case, name, value) for name, value in x.items()}
+    f = functools.partial(loss, case, **axes)
+    return jax.shard_map(f, mesh=mesh, in_specs=(specs,), out_specs=P() if is_scalar else of_losses)(x)
 
 
 def value_and_gradients(case: Case, x: dict[str, Any], ct: Any, mesh: Any) -> Any:
-    moving = {name for name, a in x.items() if jnp.issubdtype(a.dtype, jnp.floating) and name != "class_weights"}
-    still = {name: a for name, a in x.items() if name not in moving}
-    value, vjp = jax.vjp(lambda some: placed_loss(case, some | still, mesh), {name: x[name] for name in moving})
-    return value, vjp(ct)[0]
+    moving = {name: a for name, a in x.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    moving.pop("class_weights", None)  # constants
+    blocks = case["source"] if case["source"] in harness.LINEAR else "rows" if layered(case) else "dense"
+    with harness.blocks(blocks):
+        value, vjp = jax.vjp(lambda moving: placed_loss(case, x | moving, mesh), moving)
+        return value, vjp(ct)[0]
 
 
 def mesh_of(mode: str | None) -> Any:
@@ -354,69 +110,80 @@ def mesh_of(mode: str | None) -> Any:
     return Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
 
 
-def run(table: Iterable[Case], mode: str | None = None) -> dict[Case, Any]:
-    """Of each case its value and gradients, or the error; all of them one program."""
-    table, mesh, failed = list(table), mesh_of(mode), {}
-    inputs = [build(case)[:2] for case in table]
-    if mesh is not None:
-        shardings = [
-            ({name: spec(case, name, x) for name, x in of.items()}, spec(case, "cotangent", ct) if ct.ndim else P())
-            for case, (of, ct) in zip(table, inputs, strict=True)
-        ]
-        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), shardings, is_leaf=lambda s: isinstance(s, P))
-        inputs = jax.device_put(inputs, shardings)
+class Result(NamedTuple):
+    inputs: dict[str, Any]  # as they are placed
+    value: Any
+    gradients: dict[str, Any]
 
-    def f(inputs: Any) -> Any:
-        found = []
-        for case, (x, ct) in zip(table, inputs, strict=True):
+
+def run(table: Sequence[Case], mode: str | None = None) -> dict[Case, Result | Exception]:
+    """All of them as one program."""
+    mesh = mesh_of(mode)
+    arguments = [build(case)[:2] for case in table]
+    if mesh is not None:
+        specs = [
+            (
+                {name: spec(case, name, x) for name, x in inputs.items()},
+                spec(case, "cotangent", ct) if ct.ndim else P(),
+            )
+            for case, (inputs, ct) in zip(table, arguments, strict=True)
+        ]
+        is_spec = {"is_leaf": lambda s: isinstance(s, P)}
+        arguments = jax.device_put(
+            arguments, jax.tree.map(lambda s: NamedSharding(mesh, s), specs, **is_spec)
+        )
+    failed: dict[Case, Any] = {}
+
+    def f(arguments: Any) -> dict[int, Any]:
+        found = {}
+        for i, case in enumerate(table):
             try:
-                found.append(value_and_gradients(case, x, ct, mesh))
+                found[i] = value_and_gradients(case, *arguments[i], mesh)
             except Exception as error:  # the others go on
                 failed[case] = error
-                found.append(None)
         return found
 
-    with jax.set_mesh(mesh) if mode is not None and mode.endswith("set_mesh") else contextlib.nullcontext():
-        try:
-            found = jax.jit(f, compiler_options=harness.QUICK)(inputs)
-        except Exception as error:
-            if len(table) == 1:
-                return {table[0]: error}
-            half = len(table) // 2
-            return run(table[:half], mode) | run(table[half:], mode)
-    results = {case: (of[0], *of[1]) for case, of in zip(table, zip(inputs, found, strict=True), strict=True) if of[1]}
-    return results | failed
+    within = (
+        jax.set_mesh(mesh) if mode is not None and mode.endswith("set_mesh") else contextlib.nullcontext()
+    )
+    try:
+        with within:
+            found = jax.jit(f, compiler_options=harness.QUICK)(arguments)
+    except Exception as error:  # of the whole program: which case is it?
+        if len(table) == 1:
+            return {table[0]: error}
+        half = len(table) // 2
+        return run(table[:half], mode) | run(table[half:], mode)
+    return failed | {table[i]: Result(arguments[i][0], *of) for i, of in found.items()}
 
 
-def wrong(case: Case, result: Any) -> list[str]:
+def wrong(case: Case, result: Result | Exception) -> list[str]:
     """What is wrong with a result, in words."""
     if isinstance(result, Exception):
-        return [f"{type(result).__name__}: {str(result).splitlines()[0] if str(result) else ''}"]
-    (inputs, value, gradients), built = result, build(case)
-    inputs = inputs[0]
-    checks = {"value": (value, built.value, 0.0)}
-    for name, g in gradients.items():
-        checks[f"gradient by {name}"] = (g, built.gradients[name], EPS[str(g.dtype)] * (3 if layered(case) else 1))
-    found = []
-    if gradients.keys() != built.gradients.keys():
-        found.append(f"gradients by {sorted(gradients)}, not {sorted(built.gradients)}")
-    for name, g in gradients.items():
-        if g.dtype != inputs[name].dtype:
-            found.append(f"gradient by {name}: {g.dtype}")
-        like = inputs[name].sharding if case["mode"] is not None and case["mode"].startswith("explicit") else None
-        if like is not None and not g.sharding.is_equivalent_to(like, g.ndim):
-            found.append(f"gradient by {name}: split as {g.sharding.spec}, its input as {like.spec}")
-    for name, (got, want, of_dtype) in checks.items():
+        return [f"{type(result).__name__}: {str(result)[:400]}"]
+    want, found = build(case), []
+    if result.gradients.keys() != want.gradients.keys():
+        return [f"gradients by {sorted(result.gradients)}, not by {sorted(want.gradients)}"]
+    parts = [("value", result.value, want.value, 0.0)]
+    for name, g in result.gradients.items():
+        x = result.inputs[name]
+        if g.dtype != x.dtype:
+            found.append(f"gradient by {name}: {g.dtype}, its input {x.dtype}")
+        explicit = case["mode"] is not None and case["mode"].startswith("explicit")
+        if explicit and not g.sharding.is_equivalent_to(x.sharding, g.ndim):
+            found.append(f"gradient by {name}: split as {g.sharding.spec}, its input as {x.sharding.spec}")
+        rounding = HALF[str(g.dtype)] * (3 if layered(case) else 1)
+        parts.append((f"gradient by {name}", g, want.gradients[name], rounding))
+    for name, got, wanted, rounding in parts:
+        bound = (EXACT + rounding) * np.abs(wanted).max()
         try:
-            got = np.asarray(got, np.float64)
-            bound = (4e-6 + of_dtype) * np.abs(want).max()
-            harness.assert_within(got, want, np.where(want == 0, 0, bound), name)
+            harness.assert_within(np.asarray(got, np.float64), wanted, np.where(wanted == 0, 0, bound), name)
         except AssertionError as error:
             found.append(str(error))
     return found
 
 
-def check(table: Iterable[Case], mode: str | None = None) -> None:
-    results = run(table, mode)
-    found = [f"{case}\n    " + "\n    ".join(bad) for case in results if (bad := wrong(case, results[case]))]
-    assert not found, f"{len(found)} of {len(results)} cases:\n" + "\n".join(found)
+def check(table: Sequence[Case], mode: str | None = None) -> None:
+    found = {case: bad for case, result in run(table, mode).items() if (bad := wrong(case, result))}
+    lines = "".join(f"\n{case}\n    " + "\n    ".join(bad) for case, bad in found.items())
+    assert not found, f"{len(found)} of {len(table)} cases:{lines}"
