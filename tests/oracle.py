@@ -132,7 +132,8 @@ def softmax_loss(
             q = (np.arange(classes) == y[..., None]).astype(LD)
             w_y = w[y]
             bad = bad | ~ok | ~(q * force).any(-1)
-            counts = counts & ((w_y != 0) | ~ok)
+            if not label_smoothing:  # which leaves a/V sum_j w_j log p_j
+                counts = counts & ((w_y != 0) | ~ok)
             if ignore_index is not None:
                 counts = counts & (labels != ignore_index)
 
