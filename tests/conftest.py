@@ -17,24 +17,9 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 gc.set_threshold(50_000)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items):
-    """Thin out tables, and start with what takes longest."""
-    for item in items:
-        for mark in item.iter_markers("thinned"):
-            if sum(indices(item)) % mark.args[0]:
-                item.add_marker("exhaustive")
+    """First what takes longest."""
     items.sort(key=lambda item: item.path.name != "test_devices.py")
-
-
-def indices(item):
-    """Where a test is in its table, an index for each axis."""
-    found = dict(item.callspec.indices)
-    for mark in item.iter_markers("parametrize"):
-        names = mark.args[0]
-        for name in [x.strip() for x in names.split(",")][1:] if isinstance(names, str) else names[1:]:
-            del found[name]  # on the axis of the first
-    return found.values()
 
 
 @pytest.fixture

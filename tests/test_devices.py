@@ -13,7 +13,8 @@ DAILY, EXHAUSTIVE = "not exhaustive", "exhaustive"
 
 @pytest.mark.parametrize("which", [DAILY, pytest.param(EXHAUSTIVE, marks=pytest.mark.exhaustive)])
 def test_eight_devices(which):
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", which, str(FOLDER)]
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-m", which]
+    command = [sys.executable, "-m", "pytest", *options, str(FOLDER)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(

@@ -137,3 +137,15 @@ def test_nothing_leaks():
             jax.grad(loss)(hidden, p)
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, jax.checkpoint])
+def test_fn_under_a_transformation(wrap):
+    z, y = jnp.eye(4), jnp.arange(4)
+    got, want = jax.jit(
+        lambda z: (
+            jaxent.softmax_loss(wrap(lambda s: -s.log_prob), z, y),
+            jaxent.softmax_cross_entropy(z, y, reduction="mean"),
+        )
+    )(z)
+    assert got == want
