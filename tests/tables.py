@@ -5,6 +5,11 @@ import itertools
 import pytest
 
 
+def some(chosen, values):
+    """Of the values those that are chosen run by default."""
+    return [pytest.param(x, marks=[] if x in chosen else [pytest.mark.exhaustive]) for x in values]
+
+
 def thinned(n, names, *axes, **options):
     """parametrize by all combinations; one in n runs by default, and each value in some of them."""
     axes = [list(axis) for axis in axes]
