@@ -9,7 +9,19 @@ import pytest
 
 import harness
 import jaxent
-from layers import ADVANTAGE, FLAGS, FLAT, OLD, SEQUENCES, WIDE, assert_same, compiled, in_blocks, layer_of
+from layers import (
+    ADVANTAGE,
+    F32,
+    FLAGS,
+    FLAT,
+    OLD,
+    SEQUENCES,
+    WIDE,
+    assert_same,
+    compiled,
+    in_blocks,
+    layer_of,
+)
 
 
 def clipped(s, advantage, old):
@@ -29,7 +41,7 @@ FUNCTIONS = {
         lambda loss, tree: loss(lambda s, t: s.log_prob * t["a"] + t["b"][0] * s.log_normalizer, tree),
     ),
     "integer row arguments": (
-        FLAT, (), lambda loss: loss(lambda s, k: jnp.where(k > 0, -k * s.log_prob, s.entropy), FLAGS),
+        FLAT, (), lambda loss: loss(lambda s, k: jnp.where(k > 0, -k.astype(F32) * s.log_prob, s.entropy), FLAGS),
     ),
     "keys as row arguments": (
         FLAT, (),
@@ -53,18 +65,18 @@ FUNCTIONS = {
     ),
     "normalizes statistics over rows": (FLAT, (), lambda loss: loss(lambda s: jax.nn.softmax(s.log_prob) ** 2)),
     "counts the rows": (FLAT, (), lambda loss: loss(lambda s: s.log_prob / len(s.log_prob))),
-    "numbers the rows": (FLAT, (), lambda loss: loss(lambda s: s.log_prob * jnp.arange(s.log_prob.size))),
+    "numbers the rows": (FLAT, (), lambda loss: loss(lambda s: s.log_prob * jnp.arange(1.0 * s.log_prob.size))),
     "noise of the shape of rows": (
         FLAT, (),
         lambda loss: loss(lambda s: s.log_prob * jax.random.normal(jax.random.key(1), s.log_prob.shape)),
     ),
     "the row before": (FLAT, (), lambda loss: loss(lambda s: s.log_prob * jnp.roll(s.entropy, 1))),
     "a running sum": (FLAT, (), lambda loss: loss(lambda s: jnp.cumsum(s.log_prob) ** 2)),
-    "sorted": (FLAT, (), lambda loss: loss(lambda s: jnp.sort(s.log_prob) * jnp.arange(FLAT[0]))),
+    "sorted": (FLAT, (), lambda loss: loss(lambda s: jnp.sort(s.log_prob) * jnp.arange(1.0 * FLAT[0]))),
     "reshapes": (
         SEQUENCES, (), lambda loss: loss(lambda s: (s.log_prob.reshape(-1) ** 2).reshape(s.log_prob.shape)),
     ),
-    "transposes": (SEQUENCES, (), lambda loss: loss(lambda s: (s.log_prob.T * jnp.arange(4.0)).T)),
+    "transposes": (SEQUENCES, (), lambda loss: loss(lambda s: (s.log_prob.T * jnp.arange(4.0)[None]).T)),
     "sequences": (
         SEQUENCES, (),
         lambda loss: loss(lambda s: jnp.exp(s.log_prob.sum(-1, keepdims=True) / 5) + 0 * s.log_prob),
@@ -78,10 +90,13 @@ FUNCTIONS = {
         FLAT, (),
         lambda loss: loss(lambda s: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) * s.entropy, s.log_prob)),
     ),
-    "a prediction": (FLAT, (), lambda loss: loss(lambda s: jnp.where(s.rank < 2, s.log_prob, s.prediction))),
+    "a prediction": (
+        FLAT, (), lambda loss: loss(lambda s: jnp.where(s.rank < 2, s.log_prob, s.prediction.astype(F32))),
+    ),
     "no statistics": (FLAT, (ADVANTAGE,), lambda loss, a: loss(lambda s, a: a**2, a)),
     "wrong rows behind a mask": (
-        FLAT, (ADVANTAGE,), lambda loss, a: loss(lambda s, a: s.log_prob * jnp.log(a - 9 * (FLAGS == 0)), a + 5),
+        FLAT, (ADVANTAGE,),
+        lambda loss, a: loss(lambda s, a: s.log_prob * jnp.log(jnp.where(FLAGS > 0, a, a - 9)), a + 5),
     ),
 }  # fmt: skip
 
