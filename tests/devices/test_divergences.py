@@ -85,7 +85,7 @@ def test_without_check_vma(name, sources):
     check(got, expected(name, "mean", False))
 
 
-@thinned(2, "name, reduction, split", NAMES, ["mean", "none"], SPLIT)
+@thinned(3, "name, reduction, split", NAMES, ["mean", "none"], SPLIT)
 def test_jit(name, reduction, split):
     """With no keyword."""
     kind, sources = split
