@@ -21,6 +21,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(50_000)
 
 
+def pytest_collection_modifyitems(items):
+    """First what takes longest."""
+    items.sort(key=lambda item: item.path.name != "test_devices.py")
+
+
 @pytest.fixture
 def x64():
     """float64 in jax, for one test."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxent
-from harness import FULL
+from harness import FULL, QUICK
 from jaxent import _contracts as contracts
 from programs import avals
 
@@ -102,7 +102,7 @@ def operations(name, gradient):
     """Floating point operations per logit, transcendental ones among them."""
     f = functools.partial(jaxent.softmax_loss, READS[name])
     f = jax.value_and_grad(f) if gradient else f
-    cost = jax.jit(f).lower(*shapes(64, 4096)).compile(FULL).cost_analysis()
+    cost = jax.jit(f).lower(*shapes(64, 4096)).compile(QUICK).cost_analysis()
     return np.array([cost["flops"], cost["transcendentals"]]) / (64 * 4096)
 
 
@@ -112,7 +112,7 @@ def test_statistics_that_are_not_read_cost_nothing(gradient):
     cross_entropy = jaxent.softmax_cross_entropy
     mean = functools.partial(cross_entropy, reduction="mean")
     mean = jax.value_and_grad(mean) if gradient else mean
-    cost = jax.jit(mean).lower(*shapes(64, 4096)).compile(FULL).cost_analysis()
+    cost = jax.jit(mean).lower(*shapes(64, 4096)).compile(QUICK).cost_analysis()
     assert alone[0] == pytest.approx(cost["flops"] / (64 * 4096), rel=1e-3)
     assert alone[1] == pytest.approx(1 + gradient, rel=0.05)  # exp of each logit once, again for the gradient
     for name in READS:
@@ -124,12 +124,12 @@ def test_statistics_that_are_not_read_cost_nothing(gradient):
 def test_a_field_that_is_read_and_thrown_away_costs_nothing():
     """Read but not used: XLA takes it out."""
     f = functools.partial(jaxent.softmax_loss, lambda s: -s.log_prob + jnp.zeros_like(s.rank, jnp.float32))
-    cost = jax.jit(f).lower(*shapes(64, 4096)).compile(FULL).cost_analysis()
+    cost = jax.jit(f).lower(*shapes(64, 4096)).compile(QUICK).cost_analysis()
     assert cost["flops"] / (64 * 4096) == pytest.approx(operations("log_prob", False)[0], rel=1e-2)
 
 
 def instructions(f, *arguments):
-    text = jax.jit(f).lower(*arguments).compile(FULL).as_text()
+    text = jax.jit(f).lower(*arguments).compile(QUICK).as_text()
     return len(re.findall(r"^ +(?:ROOT )?%?\S+ = ", text, re.MULTILINE))
 
 

@@ -1,26 +1,24 @@
-"""Runs tests/devices on eight CPU devices: each file in a process of its own, as jax counts its devices once."""
+"""Runs tests/devices on eight CPU devices, in a process of its own: jax counts its devices once."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 FOLDER = Path(__file__).parent / "devices"
-FILES = sorted(FOLDER.glob("test_*.py"))
-if jax.__version_info__ >= (0, 11):  # the whole table once, on the oldest jax: it takes a minute
-    FILES.remove(FOLDER / "test_cases.py")
+DAILY, EXHAUSTIVE = "not exhaustive", "exhaustive"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_eight_devices(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+@pytest.mark.parametrize("which", [DAILY, pytest.param(EXHAUSTIVE, marks=pytest.mark.exhaustive)])
+def test_eight_devices(which):
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-m", which]
+    command = [sys.executable, "-m", "pytest", *options, str(FOLDER)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(
-        command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout

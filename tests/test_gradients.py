@@ -9,6 +9,8 @@ import cases
 import harness
 import jaxent
 import oracle
+import test_values
+from tables import some
 from test_values import LOSSES, MEASURES, TINY, quick
 
 FLUSHED = 4 * TINY  # a gradient below TINY, times its cotangent
@@ -17,11 +19,15 @@ FLUSHED = 4 * TINY  # a gradient below TINY, times its cotangent
 ELEMENTWISE = cases.PLAIN + cases.CONFIDENT
 
 
-def both(case, dtype):
-    """Gradients by the logits (and a distribution), from jaxent and from the oracle."""
+def both(case, dtype, quick):
+    """Gradients by the logits (and a distribution), from jaxent and from the oracle; the loss beside them is right."""
     built, cotangent, want = wanted(case, dtype)
-    options = built.options | {"dtype": dtype, "quick": quick(dtype)}
-    got = harness.gradients(case.loss, built.logits, built.labels, cotangent=cotangent, **options)
+    options = built.options | {"dtype": dtype, "quick": quick}
+    loss, got = harness.value_and_gradients(
+        case.loss, built.logits, built.labels, cotangent=cotangent, **options
+    )
+    wanted_loss = LOSSES[case.loss](built.logits, built.labels, **built.options)
+    harness.assert_within(loss, wanted_loss, test_values.allowed(case, dtype, wanted_loss), "value:")
     assert all(x.dtype == cases.NUMPY_DTYPES[dtype] for x in got)
     return built, got, want
 
@@ -55,22 +61,23 @@ def allowed(case, dtype, want, roundings=1):
 
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
 def test_every_entry_in_float32(case):
-    _, (got,), (want,) = both(case, "float32")
+    _, (got,), (want,) = both(case, "float32", quick=False)
     harness.assert_within(got, want, allowed(case, "float32", want))
 
 
 @pytest.mark.parametrize("case", cases.CONFIDENT, ids=str)
 def test_at_the_label_of_confident_rows(case):
-    built, (got,), (want,) = both(case, "float32")
+    built, (got,), (want,) = both(case, "float32", quick=False)
     at = built.labels[..., None]
     got, want = np.take_along_axis(got, at, -1), np.take_along_axis(want, at, -1)
     assert np.abs(want).min() < 1e-27
     harness.assert_within(got, want, 1e-6 * np.abs(want))
 
 
+@pytest.mark.parametrize("quick", some([True], [True, False]))
 @pytest.mark.parametrize("case", cases.OPTIONS, ids=str)
-def test_options_in_float32(case):
-    _, got, want = both(case, "float32")
+def test_options_in_float32(case, quick):
+    _, got, want = both(case, "float32", quick)
     for g, w in zip(got, want, strict=True):
         harness.assert_within(g, w, allowed(case, "float32", w))
         assert (g[np.asarray(w) == 0] == 0).all()  # a row or class that is out of it: exactly
@@ -78,7 +85,7 @@ def test_options_in_float32(case):
 
 @pytest.mark.parametrize("case", cases.OPTIONS + cases.CONFIDENT[:1] + cases.PLAIN[-3:], ids=str)
 def test_float64(case):
-    _, got, want = both(case, "float64")
+    _, got, want = both(case, "float64", quick=True)
     for g, w in zip(got, want, strict=True):
         harness.assert_within(g, w, allowed(case, "float64", w))
 
@@ -86,7 +93,7 @@ def test_float64(case):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", cases.HALF, ids=str)
 def test_half_gradients_are_correctly_rounded(case, dtype):
-    _, got, want = both(case, dtype)
+    _, got, want = both(case, dtype, quick=True)
     for g, w in zip(got, want, strict=True):
         harness.assert_within(g, w, allowed(case, dtype, w))
 
@@ -94,7 +101,7 @@ def test_half_gradients_are_correctly_rounded(case, dtype):
 @pytest.mark.parametrize("name", ["focal confident", "poly confident"])
 def test_confident_rows_of_other_losses(name):
     (case,) = [case for case in cases.OPTIONS if case.name == name]
-    built, (got,), (want,) = both(case, "float32")
+    built, (got,), (want,) = both(case, "float32", quick=False)
     visible = np.abs(want) > 1e-37
     assert visible[np.arange(len(want)), built.labels].all()
     harness.assert_within(got, want, allowed(case, "float32", want))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxent
-from harness import HLO
+from harness import HLO, QUICK
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan, plan
 from programs import avals, matmul_operations
@@ -50,14 +50,14 @@ def mixing(hidden, kernel, bias, label):
     return jaxent.softmax_loss(fn, jaxent.LinearLogits(hidden, kernel, bias), label, weights=ROWS)
 
 
-def compiled(f, *arguments):
+def compiled(f, *arguments, options=HLO):
     anew = lambda *x: f(*x)  # noqa: E731  (jax would take the trace it has, of another plan)
-    return jax.jit(anew).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile(HLO)
+    return jax.jit(anew).lower(*(arguments or (HIDDEN, KERNEL, BIAS, LABEL))).compile(options)
 
 
 def matmuls(f, *arguments):
     """In units of one product of all rows; the rows that fill the last block are work as well."""
-    return matmul_operations(compiled(f, *arguments)) / MATMUL
+    return matmul_operations(compiled(f, *arguments, options=QUICK)) / MATMUL
 
 
 def gradient(f, *which):

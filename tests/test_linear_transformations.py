@@ -14,6 +14,7 @@ import jaxent
 from forms import entropy, log_prob
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan
+from tables import thinned
 
 N, D, V = 8, 3, 7
 COMPILER = {"xla_backend_optimization_level": 0}  # programs that run once
@@ -122,6 +123,12 @@ REVERSE = {
     "grad of grad": lambda g, x: gradient(lambda *x: along(g, x), x),
     "hessian by hidden": lambda g, x: jax.jacfwd(jax.grad(g))(*x),
 }
+# an even share of what they take to compile
+GROUPS = (
+    ("value", "grad", "vmap", "grad of vmap", "grad of jit", "grad of scan"),
+    ("scan", "vmap of grad", "grad of checkpoint", "forward over reverse"),
+    ("grad of grad", "hessian by hidden"),
+)
 FORWARD = {
     "jvp": lambda g, x: jax.jvp(g, x, directions(x))[1],
     "linearize": lambda g, x: jax.linearize(g, *x)[1](*directions(x)),
@@ -129,44 +136,45 @@ FORWARD = {
 }
 
 
-@functools.cache
-def expected(reduction):
+def ask(function, names, reduction):
     with jax.enable_x64(True):
         moving, label, where = inputs(jnp.float64)
-        g = scalar(plain, reduction, label, where)
-        table = REVERSE | FORWARD
-        f = jax.jit(lambda *x: {name: t(g, x) for name, t in table.items()}, compiler_options=COMPILER)
+        g, table = scalar(function, reduction, label, where), REVERSE | FORWARD
+        f = jax.jit(lambda *x: {name: table[name](g, x) for name in names}, compiler_options=COMPILER)
         return jax.tree.map(np.asarray, f(*moving))
 
 
-def check(table, reduction):
-    with jax.enable_x64(True):
-        moving, label, where = inputs(jnp.float64)
-        g = scalar(fused, reduction, label, where)
-        f = jax.jit(lambda *x: {name: t(g, x) for name, t in table.items()}, compiler_options=COMPILER)
-        got = f(*moving)
+expected = functools.cache(functools.partial(ask, plain))
+
+
+def check(names, reduction):
+    got, want = ask(fused, names, reduction), expected(names, reduction)
     for name, found in got.items():
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected(reduction)[name]), strict=True):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want[name]), strict=True):
             harness.assert_within(a, b, 1e-11 * max(np.abs(b).max(), 1), name)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_transformations(plan, reduction):
-    check(REVERSE, reduction)
+def test_no_transformation_is_left_out():
+    assert sorted(sum(GROUPS, ())) == sorted(REVERSE)
+
+
+@thinned(3, "plan, reduction, group", PLANS, ["mean", "none"], range(len(GROUPS)), indirect=["plan"])
+def test_transformations(plan, reduction, group):
+    check(GROUPS[group], reduction)
 
 
 def test_forward_mode_of_a_sum(monkeypatch):
     monkeypatch.setattr(sources, "plan", PLANS["rows"])
-    check(FORWARD, "sum")
+    check(tuple(FORWARD), "sum")
 
 
 def test_forward_mode_of_rows_is_refused(plan):
     (hidden, *rest), label, where = inputs(jnp.float32)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda h: fused("none", h, *rest, label, where), (hidden,), (hidden,))
+        jax.jit(lambda x: jax.jvp(lambda h: fused("none", h, *rest, label, where), (x,), (x,))).lower(hidden)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@thinned(2, "plan, reduction", PLANS, ["mean", "none"], indirect=["plan"])
 def test_donation_and_export(plan, reduction):
     moving, label, where = inputs(jnp.float32)
     g = jax.value_and_grad(scalar(fused, reduction, label, where), (0, 1))
@@ -178,9 +186,12 @@ def test_donation_and_export(plan, reduction):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "plan", ["rows", pytest.param("classes", marks=pytest.mark.exhaustive)], indirect=True
+)
 def test_without_jit(plan):
     moving, label, where = inputs(jnp.float32)
-    g = scalar(fused, "mean", label, where)
-    np.testing.assert_allclose(g(*moving), expected("mean")["value"], rtol=1e-5)
-    for a, b in zip(gradient(g, moving), expected("mean")["grad"], strict=True):
+    g, want = scalar(fused, "mean", label, where), expected(GROUPS[0], "mean")
+    np.testing.assert_allclose(g(*moving), want["value"], rtol=1e-5)
+    for a, b in zip(gradient(g, moving), want["grad"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Functions of statistics that must not see their rows block by block, and those that may."""
 
+import functools
 import gc
 
 import jax
@@ -81,7 +82,11 @@ OF_AXES = (
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [*((name, (N,)) for name in FUNCTIONS), *((name, (2, 5)) for name in OF_AXES)]
+    ("name", "shape"),
+    [
+        *((name, (N,)) for name in FUNCTIONS),
+        *(pytest.param(name, (2, 5), marks=pytest.mark.exhaustive) for name in OF_AXES),
+    ],
 )
 def test_as_dense(name, shape):
     """In blocks of four rows, which do not divide ten."""
@@ -92,11 +97,12 @@ def test_as_dense(name, shape):
         logits = logits.dense() if dense else logits
         return 0.1 * jaxent.softmax_loss(lambda s, x: FUNCTIONS[name](s, x, p), logits, label, x)
 
-    def run(dense):
-        f = jax.value_and_grad(lambda *a: loss(dense, *a), (0, 1, 2, 3))
-        return jax.jit(f, compiler_options=COMPILER)(*arguments)
+    @functools.partial(jax.jit, compiler_options=COMPILER)
+    def run(*arguments):
+        each = (functools.partial(loss, dense) for dense in (False, True))
+        return [jax.value_and_grad(f, (0, 1, 2, 3))(*arguments) for f in each]
 
-    for got, want in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True):
+    for got, want in zip(*map(jax.tree.leaves, run(*arguments)), strict=True):
         assert np.isfinite(want).all()
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
@@ -139,3 +145,15 @@ def test_nothing_leaks():
             jax.grad(loss)(hidden, p)
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, jax.checkpoint])
+def test_fn_under_a_transformation(wrap):
+    z, y = jnp.eye(4), jnp.arange(4)
+    got, want = jax.jit(
+        lambda z: (
+            jaxent.softmax_loss(wrap(lambda s: -s.log_prob), z, y),
+            jaxent.softmax_cross_entropy(z, y, reduction="mean"),
+        )
+    )(z)
+    assert got == want

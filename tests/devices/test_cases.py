@@ -1,4 +1,4 @@
-"""The whole table of cases, rows over two devices and classes over four: as exact as on one.
+"""The table of cases, rows over two devices and classes over four: as exact as on one.
 
 What does not divide is padded, with rows that `where` hides and with classes that `class_mask` takes out.
 """
@@ -15,10 +15,10 @@ import harness
 import jaxent
 import test_gradients
 import test_values
+from tables import some, thinned
 
 SOURCES = ("dense", "linear")
 AXES = {"class_axis_name": "classes", "batch_axis_name": "rows"}
-in_both = pytest.mark.parametrize("source", SOURCES)
 
 
 def pad(x, axis, fill):
@@ -113,8 +113,8 @@ def cut(x, shape):
     return x[tuple(map(slice, shape))]
 
 
-@in_both
-@pytest.mark.parametrize("case", cases.CASES, ids=str)
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("case", some(cases.HALF, cases.CASES), ids=str)
 def test_losses(case, source):
     built, cotangent, wanted = test_gradients.wanted(case, "float32")
     want = test_values.LOSSES[case.loss](built.logits, built.labels, **built.options)
@@ -132,8 +132,7 @@ def test_losses(case, source):
             assert (cut(g, w.shape)[np.asarray(w) == 0] == 0).all()
 
 
-@in_both
-@pytest.mark.parametrize("case", cases.STATISTICS, ids=str)
+@thinned(2, "case, source", cases.STATISTICS, SOURCES)
 def test_statistics(case, source, monkeypatch):
     built = case.build("float32")
     z, labels, options = pad_all(*built, source)
@@ -144,8 +143,7 @@ def test_statistics(case, source, monkeypatch):
     test_values.check_statistics(case, "float32", source)
 
 
-@in_both
-@pytest.mark.parametrize("name", test_values.MEASURES)
+@thinned(2, "name, source", test_values.MEASURES, SOURCES)
 def test_divergences(name, source, monkeypatch):
     """What test_values and test_gradients ask of one device."""
 

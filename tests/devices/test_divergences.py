@@ -14,13 +14,14 @@ from jax.sharding import PartitionSpec as P
 import harness
 import jaxent
 from programs import collectives, matmul_operations
+from tables import thinned
 
 N, D, V = 12, 5, 48
 SPECS = (P("rows"), P(None, "classes"), P("rows"), P(None, "classes"))
 AUTO = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
 SOURCES = ("dense", "linear"), ("linear", "dense"), ("linear", "linear"), ("dense", "dense")
 NAMES = ("softmax_kl_divergence", "softmax_js_divergence")
-names = pytest.mark.parametrize("name", NAMES)
+SPLIT = [("auto", SOURCES[0]), *(("explicit", sources) for sources in SOURCES)]
 compiled = functools.partial(jax.jit, compiler_options=harness.QUICK)
 
 
@@ -85,11 +86,10 @@ def test_without_check_vma(name, sources):
     check(got, expected(name, "mean", False))
 
 
-@names
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("kind", "sources"), [("auto", SOURCES[0]), *(("explicit", s) for s in SOURCES)])
-def test_jit(name, reduction, kind, sources):
+@thinned(3, "name, reduction, split", NAMES, ["mean", "none"], SPLIT)
+def test_jit(name, reduction, split):
     """With no keyword."""
+    kind, sources = split
     mesh = jax.make_mesh((2, 4), ("rows", "classes")) if kind == "explicit" else AUTO
     specs = list(SPECS), P("rows"), P("classes")
     split = jax.device_put(arrays(), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))

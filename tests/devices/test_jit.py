@@ -14,6 +14,7 @@ import jaxent
 from jaxent._logits import class_blocks, sources
 from jaxent._logits.plan import Plan
 from programs import collectives
+from tables import thinned
 
 D, V = 6, 96
 MESHES = {
@@ -32,10 +33,9 @@ SPLITS = {
 # four rows, or 40 classes, of a device at a time: both leave a remainder
 PLANS = {"rows": lambda *_: Plan(4, V), "classes": lambda n, *_: Plan(n, 40)}
 SOURCES = ("dense", *PLANS)
-pytestmark = pytest.mark.parametrize("kind", MESHES)
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture
 def source(request, monkeypatch):
     if request.param != "dense":
         monkeypatch.setattr(sources, "plan", PLANS[request.param])
@@ -94,10 +94,17 @@ def put(kind, split):
     return jax.device_put((layer, label, options), shardings)
 
 
-@pytest.mark.parametrize(
-    ("split", "reduction"), [*((split, "mean") for split in SPLITS), ("both", "none"), ("sequence", "none")]
-)
-def test_splits(kind, split, reduction, source):
+@thinned(3, "split, kind, source", SPLITS, MESHES, SOURCES, indirect=["source"])
+def test_splits(split, kind, source):
+    check_split(split, kind, "mean", source)
+
+
+@thinned(3, "split, kind, source", ["both", "sequence"], MESHES, SOURCES, indirect=["source"])
+def test_results_per_row(split, kind, source):
+    check_split(split, kind, "none", source)
+
+
+def check_split(split, kind, reduction, source):
     layer, label, options = put(kind, split)
     f = jax.jit(value_and_grad, static_argnums=(0, 4), compiler_options=harness.QUICK)
     program = f.lower(reduction, layer, label, options, source == "dense").compile()
@@ -113,7 +120,7 @@ def test_splits(kind, split, reduction, source):
         assert not any(c.in_loop for c in sent)
 
 
-@pytest.mark.parametrize("mapped", ["rows", None])
+@thinned(3, "kind, mapped, source", MESHES, ["rows", None], SOURCES, indirect=["source"])
 def test_vmap(kind, mapped, source):
     """Over an axis that is split or not; jax refuses a shard_map under a vmap that has taken an axis of its mesh."""
     rng = np.random.default_rng(7)

@@ -13,12 +13,14 @@ from jax.sharding import PartitionSpec as P
 import jaxent
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan
+from tables import thinned
 
 N, D, V = 40, 6, 90  # five rows on each device
+REDUCTIONS = ("sum", "none")
 PLANS = {"rows": lambda n, *_: Plan(min(3, n), V), "classes": lambda n, *_: Plan(n, 40)}
 
 
-@pytest.fixture(params=PLANS)
+@pytest.fixture
 def plan(request, monkeypatch):
     monkeypatch.setattr(sources, "plan", PLANS[request.param])
 
@@ -70,8 +72,7 @@ def over_devices(f, out_specs, check_vma):
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=SPECS, out_specs=out_specs, check_vma=check_vma))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("check_vma", [True, False])
+@thinned(2, "reduction, check_vma, plan", REDUCTIONS, [True, False], PLANS, indirect=["plan"])
 def test_shard_map(reduction, check_vma, plan):
     """The gradient of the kernel, which all devices share: outside, and inside, where jax adds it up or not."""
 
@@ -90,7 +91,7 @@ def test_shard_map(reduction, check_vma, plan):
     assert_expected(over_devices(inside, (P(), (P("rows"), P(), P())), check_vma)(*inputs()))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@thinned(2, "reduction, plan", REDUCTIONS, PLANS, indirect=["plan"])
 def test_pmap(reduction, plan):
     def split(x):
         return x.reshape(8, -1, *x.shape[1:])
@@ -105,11 +106,11 @@ def test_pmap(reduction, plan):
     assert_expected((value, (d_hidden.reshape(N, D), *rest)))
 
 
-@pytest.mark.parametrize("reduction", ["sum"])
-def test_hessian_vector_product_in_shard_map(reduction, plan):
+@pytest.mark.parametrize("plan", PLANS, indirect=True)
+def test_hessian_vector_product_in_shard_map(plan):
     def f(*x):
         def gradient(kernel):
-            return jax.grad(loss, 2)(reduction, x[0], kernel, *x[2:])
+            return jax.grad(loss, 2)("sum", x[0], kernel, *x[2:])
 
         return jax.jvp(gradient, (x[1],), (jnp.cos(x[1]),))[1]
 
@@ -119,12 +120,11 @@ def test_hessian_vector_product_in_shard_map(reduction, plan):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("spec", [P("rows"), P(None, "rows")], ids=["batch", "sequence"])
-def test_jit_of_split_rows(reduction, spec, plan):
+@thinned(2, "reduction, split, plan", REDUCTIONS, ["batch", "sequence"], PLANS, indirect=["plan"])
+def test_jit_of_split_rows(reduction, split, plan):
     """[..., D] with a leading axis on the devices."""
     mesh = Mesh(np.array(jax.devices()), ("rows",))
-    shape = (8, 5) if spec == P("rows") else (5, 8)
+    shape, spec = {"batch": ((8, 5), P("rows")), "sequence": ((5, 8), P(None, "rows"))}[split]
     hidden, kernel, bias, label, where = inputs()
     put = [
         jax.device_put(x.reshape(*shape, *x.shape[1:]), NamedSharding(mesh, spec))

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxent
 from forms import COTANGENT, FORMS, total
+from tables import some
 
 CLASSES = 512  # enough for sums in groups, which are for one device only
 CT = jnp.asarray(COTANGENT, jnp.float32)
@@ -73,9 +74,8 @@ def test_pmap(name):
     assert_expected(name, rows(z, *rest), outside)
 
 
-@pytest.mark.parametrize(
-    ("name", "check_vma"), [*((name, True) for name in FORMS), *((name, False) for name in SOME)]
-)
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", some(SOME, FORMS))
 def test_shard_map(name, check_vma):
     """One row on each device; the gradient inside and outside."""
     form = FORMS[name]

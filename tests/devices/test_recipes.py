@@ -14,6 +14,7 @@ import harness
 import jaxent
 from jaxent._logits.plan import Plan, plan
 from programs import collectives, matmul_operations
+from tables import thinned
 
 N, F, D, V = 12, 4, 5, 48  # six rows on each of 2, twelve classes on each of 4 devices
 SIZES = {"rows": 2, "classes": 4}
@@ -117,8 +118,7 @@ def in_other_words(axes, found):
     return {source: {name: right(name, g) for name, g in of.items()} for source, of in found.items()}
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("split", SPLITS)
+@thinned(2, "split, check_vma", SPLITS, [False, True])
 def test_shard_map(split, check_vma):
     axes = SPLITS[split]
     params, rows = arrays()

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxent
+from tables import thinned
 
 N, D, V = 12, 5, 48  # six rows on each of 2, twelve classes on each of 4 devices
 SLICED = {"class_weights": P("classes"), "class_mask": P("classes"), "where": P("rows"), "weights": P("rows")}
@@ -125,19 +126,22 @@ def mesh(rows, classes):
 LAYER = (P(), P(None, "classes"), P("classes"))
 
 
-UNCHECKED = (
-    "everything",
-    "distribution, everything",
-    "policy",
-)  # without check_vma: the same with other transposes
+# without check_vma: the same with other transposes
+UNCHECKED = ("everything", "distribution, everything", "policy")
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(
-    ("name", "check_vma"), [*((n, True) for n in CASES), *((n, False) for n in UNCHECKED)]
-)
-def test_shard_map(name, check_vma, source):
+@thinned(2, "name, source", CASES, SOURCES)
+def test_shard_map(name, source):
     """Classes over four devices; the gradient from outside."""
+    check_shard_map(name, source, check_vma=True)
+
+
+@thinned(2, "name, source", UNCHECKED, SOURCES)
+def test_without_check_vma(name, source):
+    check_shard_map(name, source, check_vma=False)
+
+
+def check_shard_map(name, source, check_vma):
     f, names, soft = CASES[name]
     layer, label, q, options = arrays()
     options = {key: options[key] for key in names}
@@ -157,8 +161,7 @@ def test_shard_map(name, check_vma, source):
     assert_expected(name, got)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "rows"])
+@thinned(2, "name, source", [name for name in CASES if name != "rows"], SOURCES)
 def test_rows_and_classes(name, source):
     """2 x 4: rows over two devices with different weights, classes over four; the gradient from inside."""
     f, names, soft = CASES[name]
@@ -218,7 +221,7 @@ def test_named_axes(source, transform):
         return jaxent.softmax_cross_entropy(logits, label, reduction="mean", class_axis_name="classes")
 
     f = mapped(loss, in_axes=(None, 1, 0), axis_name="classes")
-    value, gradient = jax.value_and_grad(lambda s: f(*s)[0])(slices)
+    value, gradient = jax.jit(jax.value_and_grad(lambda s: f(*s)[0]))(slices)
     gradient = (gradient[0], gradient[1].reshape(D, V), gradient[2].reshape(V))
     assert_expected("plain", (value, gradient))
 
@@ -285,7 +288,8 @@ def test_uneven_vocabulary_by_padding():
     layer, label, _, _ = arrays()
     hidden, kernel, bias = layer
     label = label % 45
-    want = jaxent.softmax_cross_entropy(hidden @ kernel[:, :45] + bias[None, :45], label, label_smoothing=0.1)
+    smooth = jax.jit(functools.partial(jaxent.softmax_cross_entropy, label_smoothing=0.1))
+    want = smooth(hidden @ kernel[:, :45] + bias[None, :45], label)
 
     def f(hidden, kernel, bias, mask):
         logits = jaxent.LinearLogits(hidden, kernel, bias)
@@ -302,9 +306,8 @@ def test_the_mean_of_all_rows():
     """`mean` with an axis name: devices hold different counts."""
     losses, where = jnp.arange(8.0), jnp.arange(8) % 3 != 0
     f = lambda x, w: jaxent.mean(x, where=w, axis_name="rows")  # noqa: E731
-    got = jax.shard_map(f, mesh=Mesh(np.array(jax.devices()[:4]), "rows"), in_specs=P("rows"), out_specs=P())(
-        losses, where
-    )
+    mesh = Mesh(np.array(jax.devices()[:4]), "rows")
+    got = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("rows"), out_specs=P()))(losses, where)
     np.testing.assert_allclose(got, losses[where].mean(), rtol=1e-6)
 
 
