@@ -1,5 +1,7 @@
 """Arithmetic that keeps its promises: accumulation dtype, compensated exp, safe products."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -24,6 +26,25 @@ def as_dtype(option: float | Array, dtype: DTypeLike) -> float | Array:
 def over_rows(x: Array, ndim: int) -> Array:
     """`[V]` as `[1, ..., 1, V]`: jax may be told not to promote ranks."""
     return x if x.ndim in (0, ndim) else jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
+
+
+def is_probability(x: Any) -> Any:
+    """In [0, 1]; and up to 16 ulp above 1, to which sums of probabilities round."""
+    if x.dtype == bool:
+        return x == x
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return (x >= 0) & (x <= (1 + 16 * float(jnp.finfo(x.dtype).eps) if is_float else 1))
+
+
+def probability(x: Array, dtype: DTypeLike) -> Array:
+    """`x` in `dtype`; NaN, and so is the gradient, where it is none. What is above 1 is 1, with the derivative of x."""
+    ok, x = is_probability(x), x.astype(dtype)
+    return (x - lax.stop_gradient(jnp.where(x > 1, x - 1, 0))) * nan_unless(ok)
+
+
+def nan_unless(ok: Array) -> Array:
+    """A factor: NaN poisons the value and, by the product rule, the gradient."""
+    return jnp.where(ok, 1, jnp.nan)
 
 
 def lowest(dtype: DTypeLike) -> Array:

@@ -4,7 +4,9 @@ The gradients are autodiff's. Two habits make them right on hostile input: what 
 replaced before the logarithm, and a bad row is multiplied by NaN, which poisons its gradient as well.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
-from ._numerics import limit, widen
-from ._reduction import keep, reduce, row_weights
-from ._statistics import take_class
+from ._devices import ALL, CLASSES, ROWS, lanes, split_as
+from ._logits.explicit import sharding_of
+from ._numerics import accumulation_dtype, is_probability, limit, nan_unless, over_rows, probability, widen
+from ._reduction import both, keep, reduce_counting, row_weights, visible
 
 
+@contracts.takes_arrays
 def categorical_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -70,18 +74,21 @@ def categorical_cross_entropy(
       tf.keras.losses.CategoricalCrossentropy, which clips at 1e-7.
     """
     function = "categorical_cross_entropy"
-    p, label, q, counts, weights = _rows(
-        function, "probs", probs, labels, axis, where, None, weights, reduction, hidden=1
-    )
-    ok = jnp.all(_is_probability(p), -1)
-    p = p * _nan_unless(ok)[..., None]
-    if label is not None:
-        loss = -jnp.log(_select(p, label))
-    else:
-        loss = jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)
-    return reduce(loss, counts, weights, reduction)
+    rows = _rows(function, "probs", probs, labels, axis, where, None, weights, reduction)
+
+    def loss(p: Array, label: Array | None, q: Array | None) -> Array:
+        p = probability(p, accumulation_dtype(p.dtype))
+        bad = jnp.isnan(p).any(-1)
+        if label is not None:
+            return -jnp.log(_select(_poisoned(bad | (label < 0), p), label))
+        q = q.astype(p.dtype)
+        p = _poisoned(bad | jnp.isnan(q).any(-1), p)
+        return jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)
+
+    return _reduce(loss, rows, 1, reduction)
 
 
+@contracts.takes_arrays
 def binary_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -134,22 +141,30 @@ def binary_cross_entropy(
     contracts.check_floating(function, "probs", probs, "Pass probabilities as floats.")
     shape = np.shape(probs)
     contracts.check_binary_labels(function, labels, shape, "probs")
-    counts, row_weight = row_weights(function, shape, where, weights, "probs")
-    labels = contracts.check_host_binary_labels(function, labels, contracts.host_mask(where, weights))
-    labels = keep(counts, labels, False)
-    contracts.debug_check_binary_labels(function, _is_probability(labels), labels)
-    p = widen(keep(counts, jnp.asarray(probs), 0.5))
-    y = labels.astype(p.dtype)
-    poison = _nan_unless(_is_probability(p) & _is_probability(y))
-    p, y = p * poison, y * poison
-    yes = -jnp.log(jnp.where((y == 0) & (p == 0), 1, p))
-    p = jnp.where((y == 1) & (p == 1), 0, p)
-    # in parts: XLA's float64 log1p is off by 100 ulp around -0.4
-    low = p < 0.25
-    no = -jnp.where(low, jnp.log1p(-jnp.where(low, p, 0)), jnp.log(1 - jnp.where(low, 0, p)))
-    return reduce(y * yes + (1 - y) * no, counts, row_weight, reduction)
+    mask = contracts.host_mask(where, weights)
+    where, weights = row_weights(function, shape, where, weights, "probs")
+    probs = jnp.asarray(probs)
+    labels = contracts.check_host_values(function, "labels", labels, contracts.YES_NO, mask)
+    sharding = sharding_of(probs)
+    labels, where, weights = (split_as(sharding, ALL, x) for x in (labels, where, weights))
+    contracts.debug_check_values(function, "labels", labels, contracts.YES_NO, visible(where, weights))
+
+    def losses(counts: Array | None) -> Array:
+        dtype = accumulation_dtype(probs.dtype)
+        p, y = probability(keep(counts, probs, 0.5), dtype), probability(keep(counts, labels, False), dtype)
+        poison = nan_unless(~jnp.isnan(p + y))
+        p, y = p * poison, y * poison
+        yes = -jnp.log(jnp.where((y == 0) & (p == 0), 1, p))
+        p = jnp.where((y == 1) & (p == 1), 0, p)
+        # in parts: XLA's float64 log1p is off by 100 ulp around -0.4
+        low = p < 0.25
+        no = -jnp.where(low, jnp.log1p(-jnp.where(low, p, 0)), jnp.log(1 - jnp.where(low, 0, p)))
+        return y * yes + (1 - y) * no
+
+    return reduce_counting(losses, where, weights, reduction)
 
 
+@contracts.takes_arrays
 def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -206,27 +221,33 @@ def nll_loss(
       torch.nn.functional.nll_loss, with its class-weighted mean.
     """
     function = "nll_loss"
-    x, label, q, counts, weights = _rows(
-        function, "log_probs", log_probs, labels, axis, where, ignore_index, weights, reduction, hidden=0
-    )
+    rows = _rows(function, "log_probs", log_probs, labels, axis, where, ignore_index, weights, reduction)
+    x, label, label_weight = rows.values, rows.label, None
     if class_weights is not None:
         contracts.check_real(function, "class_weights", class_weights)
         remedy = "For weights of rows use `weights`."
         shape = x.shape[-1:]
         contracts.check_shape(function, "class_weights", class_weights, shape, "one per class", remedy)
-        class_weights = lax.stop_gradient(jnp.asarray(class_weights)).astype(x.dtype)
-    if label is None:
+        class_weights = split_as(sharding_of(x), CLASSES, lax.stop_gradient(jnp.asarray(class_weights)))
+        class_weights = over_rows(class_weights.astype(accumulation_dtype(x.dtype)), x.ndim)
+        if label is not None:
+            label_weight = jnp.where(label < 0, 1, _select(class_weights, label))  # a bad label counts
+            rows = rows._replace(where=both(rows.where, label_weight != 0))
+
+    def loss(x: Array, label: Array | None, q: Array | None) -> Array:
+        x = widen(x)
+        if label is not None:
+            loss = -_select(_poisoned(label < 0, x), label)
+            return loss if label_weight is None else label_weight * loss
+        q = q.astype(x.dtype)
+        x = _poisoned((jnp.isnan(x) | jnp.isnan(q)).any(-1), x)
         q = q if class_weights is None else q * class_weights
-        return reduce(jnp.sum(q * -limit(q, x), -1), counts, weights, reduction)
-    loss, label_weight = -_select(x, label), None
-    if class_weights is not None:
-        label_weight = jnp.where(label < 0, 1, take_class(class_weights, label))  # a bad label counts
-        nonzero = label_weight != 0
-        counts = nonzero if counts is None else counts & nonzero
-        loss = label_weight * loss
-    return reduce(loss, counts, weights, reduction, label_weight)
+        return jnp.sum(q * -limit(q, x), -1)
+
+    return _reduce(loss, rows, 0, reduction, label_weight)
 
 
+@contracts.takes_arrays
 def kl_divergence(
     log_probs: ArrayLike,
     target_probs: ArrayLike,
@@ -234,6 +255,7 @@ def kl_divergence(
     axis: int = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    generalized: bool = False,
     reduction: str = "none",
 ) -> Array:
     """KL(target || model) from log-probabilities of the model. From logits: `softmax_kl_divergence`.
@@ -283,13 +305,56 @@ def kl_divergence(
         remedy = "For class indices use `nll_loss`."
         what = "the shape of `log_probs`"
         contracts.check_shape(function, "target_probs", target_probs, np.shape(log_probs), what, remedy)
-    x, _, q, counts, weights = _rows(
-        function, "log_probs", log_probs, target_probs, axis, where, None, weights, reduction, hidden=0
+    targets = MEASURE if generalized else PROBABILITIES
+    rows = _rows(
+        function, "log_probs", log_probs, target_probs, axis, where, None, weights, reduction, targets
     )
-    poison = _nan_unless(jnp.all(_is_probability(q), -1))[..., None]
-    x, q = x * poison, q * poison
-    loss = jnp.sum(q * (jnp.log(jnp.where(q == 0, 1, q)) - limit(q, x)), -1)
-    return reduce(loss, counts, weights, reduction)
+
+    def loss(x: Array, _: None, q: Array) -> Array:
+        x = widen(x)
+        bad = (jnp.isnan(x) | ~targets.ok(q)).any(-1)
+        q = q.astype(x.dtype) if generalized else probability(q, x.dtype)
+        x, q = _poisoned(bad, x), _poisoned(bad, q)
+        log_q = jnp.log(jnp.where(q == 0, 1, q))
+        if not generalized:
+            return jnp.sum(q * (log_q - limit(q, x)), -1)
+        return jnp.sum(_generalized(q, log_q, x), -1)
+
+    return _reduce(loss, rows, 0, reduction)
+
+
+def _generalized(q: Array, log_q: Array, x: Array) -> Array:
+    """q (log q - x) - q + p with p = exp(x), which is >= 0.
+
+    Where p and q are close nothing is taken from anything: with s = (p - q) / (p + q), log(q / p) = -2 artanh(s) and
+    the whole is s (p - q) - 2 q (s^3 / 3 + s^5 / 5 + ...).
+    """
+    p = jnp.exp(x)
+    near = jnp.abs(p - q) < (p + q) / 4
+    a, b = jnp.where(near, p, 1), jnp.where(near, q, 1)
+    s = (a - b) / (a + b)
+    series = jnp.zeros_like(s)
+    for n in range(27, 1, -2):
+        series = series * s * s + 1 / n
+    far = q * (log_q - limit(q, x)) + (p - q)
+    return jnp.where(near, s * (a - b) - 2 * b * s**3 * series, far)
+
+
+class _Rows(NamedTuple):
+    """Checked arguments, class axis last; a bad label is -1."""
+
+    values: Array
+    label: Array | None
+    distribution: Array | None
+    where: Array | None
+    weights: Array | None
+
+
+# What a distribution may hold. Cross-entropy is linear in it, whatever it sums to.
+REMEDY = "Hide a row with `where=`."
+NUMBERS = contracts.Values(lambda q: q == q, "a number", REMEDY)
+PROBABILITIES = contracts.Values(is_probability, "in [0, 1]", REMEDY)
+MEASURE = contracts.Values(lambda q: (q >= 0) & (q < math.inf), "finite and >= 0", REMEDY)
 
 
 def _rows(
@@ -302,12 +367,8 @@ def _rows(
     ignore_index: int | None,
     weights: Any,
     reduction: str,
-    hidden: float,
-) -> tuple[Array, Array | None, Array | None, Array | None, Array | None]:
-    """Checked arguments as (values, label, distribution, counts, weights), class axis last.
-
-    A row that does not count holds `hidden` and label 0; a row with a bad label holds NaN and label -1.
-    """
+    targets: contracts.Values | None = None,
+) -> _Rows:
     contracts.check_reduction(function, reduction)
     contracts.check_logits(function, values, axis, argument)
     has_index = contracts.check_labels(function, labels, values, axis)
@@ -316,37 +377,52 @@ def _rows(
         ok = has_index and isinstance(ignore_index, int | np.integer)
         expected = "an int beside integer labels"
         contracts.check_option(function, "ignore_index", ignore_index, ok, expected, remedy)
-    x = widen(jnp.moveaxis(jnp.asarray(values), axis, -1))
-    counts, weights_in_force = row_weights(function, x.shape[:-1], where, weights, argument)
+    x = jnp.moveaxis(jnp.asarray(values), axis, -1)
+    mask, classes = contracts.host_mask(where, weights), x.shape[-1]
+    where, weights = row_weights(function, x.shape[:-1], where, weights, argument)
+    sharding = sharding_of(x)
+    where, weights = (split_as(sharding, ROWS, a) for a in (where, weights))
+    seen = visible(where, weights)
     if not has_index:
-        q = jnp.moveaxis(jnp.asarray(labels), axis, -1).astype(x.dtype)
-        return _keep_rows(counts, x, hidden), None, _keep_rows(counts, q, 0), counts, weights_in_force
+        name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
+        mask = None if mask is None else jnp.expand_dims(mask, axis)
+        q = contracts.check_host_values(function, name, labels, targets, mask)
+        q = split_as(sharding, ALL, jnp.moveaxis(q, axis, -1))
+        contracts.debug_check_values(function, name, q, targets, None if seen is None else seen[..., None])
+        return _Rows(x, None, q, where, weights)
 
-    mask = contracts.host_mask(where, weights)
-    labels, ignored = contracts.index_labels(function, labels, x.shape[-1], mask, ignore_index)
+    label, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
+    label = split_as(sharding, ROWS, label)
     if ignored is not None:
-        counts = ~ignored if counts is None else counts & ~ignored
-    labels = keep(counts, labels)
-    ok = (labels >= 0) & (labels < x.shape[-1])
-    contracts.debug_check_labels(function, ok, labels, x.shape[-1])
-    x = _keep_rows(counts, x, hidden) * _nan_unless(ok)[..., None]
-    return x, jnp.where(ok, labels, -1).astype(jnp.int32), None, counts, weights_in_force
+        ignored = split_as(sharding, ROWS, ignored)
+        where, seen = both(where, ~ignored), both(seen, ~ignored)
+    ok = (label >= 0) & (label < classes)
+    contracts.debug_check_labels(function, ok if seen is None else ok | ~seen, label, classes)
+    return _Rows(x, jnp.where(ok, label, -1).astype(jnp.int32), None, where, weights)
 
 
-def _keep_rows(counts: Array | None, x: Array, hidden: float) -> Array:
-    return x if counts is None else keep(counts[..., None], x, hidden)
+def _reduce(
+    loss: Callable[[Array, Array | None, Array | None], Array],
+    rows: _Rows,
+    hidden: float,
+    reduction: str,
+    label_weight: Array | None = None,
+) -> Array:
+    """`loss` of rows, of which those that do not count hold `hidden` and a distribution of 0."""
+
+    def losses(counts: Array | None) -> Array:
+        counts = None if counts is None else counts[..., None]
+        q = rows.distribution
+        return loss(keep(counts, rows.values, hidden), rows.label, q if q is None else keep(counts, q))
+
+    return reduce_counting(losses, rows.where, rows.weights, reduction, label_weight)
 
 
 def _select(x: Array, label: Array) -> Array:
     """x[..., label] without a gather, which a split class axis would not bear; a bad label takes class 0."""
-    label = jnp.maximum(label, 0)
-    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == label[..., None], x, 0), -1)
+    return jnp.sum(jnp.where(lanes(x) == jnp.maximum(label, 0)[..., None], x, 0), -1)
 
 
-def _is_probability(x: Array) -> Array:
-    return (x >= 0) & (x <= 1)
-
-
-def _nan_unless(ok: Array) -> Array:
-    """A factor: NaN poisons the value and, by the product rule, the gradient."""
-    return jnp.where(ok, 1, jnp.nan)
+def _poisoned(bad: Array, x: Array) -> Array:
+    """NaN in a row that is bad, and in its gradient."""
+    return x * nan_unless(~bad)[..., None]

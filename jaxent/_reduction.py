@@ -30,7 +30,9 @@ def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_
     return where, weights.astype(accumulation_dtype(weights.dtype))
 
 
-def rows_that_count(where: Array | None, weights: Array | None, has_answer: Callable[[], Array]) -> Array | None:
+def rows_that_count(
+    where: Array | None, weights: Array | None, has_answer: Callable[[], Array]
+) -> Array | None:
     """Rows of weight 0 count, as the derivative by the weight is their loss; but not without an answer (NaN, bad label)."""
     return where if weights is None else both(where, (weights != 0) | has_answer())
 
@@ -87,6 +89,23 @@ def reduce(
         return total
     weight = _total_weight(counts, weights, label_weight, losses.shape, losses.dtype, batch_axis_name)
     return divide_or_zero(total, weight)
+
+
+def reduce_counting(
+    losses: Callable[[Array | None], Array],
+    where: Array | None,
+    weights: Array | None,
+    reduction: str,
+    label_weight: Array | None = None,
+) -> Array:
+    """`reduce` of `losses(counts)`, elementwise; what has weight 0 counts if its loss is finite."""
+    counts = rows_that_count(where, weights, lambda: jnp.isfinite(lax.stop_gradient(losses(where))))
+    return reduce(losses(counts), counts, weights, reduction, label_weight)
+
+
+def visible(where: Array | None, weights: Array | None) -> Array | None:
+    """Rows whose labels are checked: neither hidden nor of weight 0."""
+    return where if weights is None else both(where, weights != 0)
 
 
 def scale_of_rows(
