@@ -301,7 +301,7 @@ def _first_bad(ok: Array, labels: Array) -> tuple[Array, Array]:
     for axis in range(ok.ndim):
         position = position * ok.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, ok.shape, axis)
     bad = jnp.min(jnp.where(ok, ok.size, position), initial=ok.size)
-    return bad, jnp.sum(jnp.where(position == bad, labels, 0), dtype=labels.dtype)
+    return bad, jnp.sum(jnp.where(position == bad, labels, jnp.zeros((), labels.dtype)), dtype=labels.dtype)
 
 
 def host_mask(where: Any, weights: Any) -> Any:

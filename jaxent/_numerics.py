@@ -84,7 +84,7 @@ def product_or_zero(weight: Array, x: Array) -> Array:
     return jnp.where(off, 0, weight * jnp.where(off, 0, x))
 
 
-def limit(weight: Array, x: Array) -> Array:
+def limit(weight: float | Array, x: Array) -> Array:
     """`x`, but 0 where the weight is 0 and x infinite, so that their product is 0 there.
 
     Unlike `product_or_zero` it keeps the derivative with respect to a weight of 0 while x is finite.

@@ -2,6 +2,7 @@
 
 The gradients are autodiff's. Two habits make them right on hostile input: what 0 log 0 would touch is
 replaced before the logarithm, and a bad row is multiplied by NaN, which poisons its gradient as well.
+A probability up to 16 ulp above 1 is 1: sums of probabilities round to such numbers.
 """
 
 import math
@@ -17,7 +18,7 @@ from . import _contracts as contracts
 from ._devices import ALL, CLASSES, ROWS, lanes, split_as
 from ._logits.explicit import sharding_of
 from ._numerics import accumulation_dtype, is_probability, limit, nan_unless, over_rows, probability, widen
-from ._reduction import both, keep, reduce_counting, row_weights, visible
+from ._reduction import both, elements, keep, reduce_counting, row_weights, visible
 
 
 @contracts.takes_arrays
@@ -40,7 +41,7 @@ def categorical_cross_entropy(
       labels: integers `[...]` in [0, V), or a float distribution `[..., V]`.
       axis: the class axis.
       where: bool `[...]`; False rows are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; a row of weight 0 is gone as well.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
       reduction: "none", "sum" or "mean".
 
     Returns:
@@ -48,21 +49,24 @@ def categorical_cross_entropy(
 
     Gradients:
       -1/p at the label, -q/p for a distribution, with respect to probs; -log p with respect to a
-      distribution, 0 where p = q = 0. All derivatives in both modes.
+      distribution, 0 where p = q = 0; the loss with respect to a weight, also one of 0 (0 where the loss is not
+      finite). All derivatives in both modes.
 
     Numerics:
       Probabilities are never clipped: p = 0 at the label gives a loss of +inf and a gradient of -inf, which
       is what a softmax that underflowed has lost and what `softmax_cross_entropy` on the logits still knows.
-      A row with a probability outside [0, 1], NaN, or a label out of range has NaN loss and NaN gradient;
-      others are clean. Masked rows contribute exactly 0. A mean over nothing is 0.
+      Up to 16 ulp above 1 (1 + 16 eps of the dtype of probs: 1.000002 in float32, 1.125 in bfloat16) p is taken
+      as 1, and the gradient is that at 1. A row with any other probability outside [0, 1], NaN, or a label out
+      of range has NaN loss and NaN gradient; others are clean. Masked rows contribute exactly 0. A mean over
+      nothing is 0.
 
     Cost:
       One pass over N x V; no one-hot array for integer labels.
 
     Raises:
       TypeError: integer probs; labels of a type or form that is neither of the two.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range. Labels in a jax array
-        raise under `checkify.checkify`.
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution
+        that holds NaN. Those in a jax array raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -106,7 +110,7 @@ def binary_cross_entropy(
       probs: `[...]`, floating point in [0, 1].
       labels: `[...]`, exactly the shape of probs; bool, 0/1 integers, or floats in [0, 1].
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       reduction: "none", "sum" or "mean".
 
     Returns:
@@ -114,19 +118,22 @@ def binary_cross_entropy(
 
     Gradients:
       -y/p + (1 - y)/(1 - p) with respect to probs, log(1 - p) - log p with respect to float labels; a term
-      that is 0 * inf is 0. All derivatives in both modes.
+      that is 0 * inf is 0. With respect to a weight, also one of 0, the loss (0 where it is not finite). All
+      derivatives in both modes.
 
     Numerics:
       Probabilities are never clipped: p = 0 at y = 1 gives +inf. A p next to 1 has rounded 1 - p away
-      already, at worst all of it; `sigmoid_cross_entropy` on the logits has not. An element with p or y
-      outside [0, 1] has NaN loss and NaN gradient; others are clean. Masked elements contribute exactly 0.
+      already, at worst all of it; `sigmoid_cross_entropy` on the logits has not. Up to 16 ulp above 1 p and y
+      are taken as 1, and the gradient is that at 1. An element with p or y elsewhere outside [0, 1] has NaN loss
+      and NaN gradient; others are clean. Masked elements contribute exactly 0.
 
     Cost:
       Elementwise; nothing of the size of probs beyond the result.
 
     Raises:
       TypeError: integer probs; complex labels; a mask that is not bool.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels outside [0, 1].
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels outside [0, 1]. Labels in a jax array
+        raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -139,19 +146,12 @@ def binary_cross_entropy(
     function = "binary_cross_entropy"
     contracts.check_reduction(function, reduction)
     contracts.check_floating(function, "probs", probs, "Pass probabilities as floats.")
-    shape = np.shape(probs)
-    contracts.check_binary_labels(function, labels, shape, "probs")
-    mask = contracts.host_mask(where, weights)
-    where, weights = row_weights(function, shape, where, weights, "probs")
-    probs = jnp.asarray(probs)
-    labels = contracts.check_host_values(function, "labels", labels, contracts.YES_NO, mask)
-    sharding = sharding_of(probs)
-    labels, where, weights = (split_as(sharding, ALL, x) for x in (labels, where, weights))
-    contracts.debug_check_values(function, "labels", labels, contracts.YES_NO, visible(where, weights))
+    x = jnp.asarray(probs)
+    given, mask, factors = elements(function, "probs", x, labels, where, weights, sharding_of(x))
 
     def losses(counts: Array | None) -> Array:
-        dtype = accumulation_dtype(probs.dtype)
-        p, y = probability(keep(counts, probs, 0.5), dtype), probability(keep(counts, labels, False), dtype)
+        dtype = accumulation_dtype(x.dtype)
+        p, y = probability(keep(counts, x, 0.5), dtype), probability(keep(counts, given, False), dtype)
         poison = nan_unless(~jnp.isnan(p + y))
         p, y = p * poison, y * poison
         yes = -jnp.log(jnp.where((y == 0) & (p == 0), 1, p))
@@ -161,7 +161,7 @@ def binary_cross_entropy(
         no = -jnp.where(low, jnp.log1p(-jnp.where(low, p, 0)), jnp.log(1 - jnp.where(low, 0, p)))
         return y * yes + (1 - y) * no
 
-    return reduce_counting(losses, where, weights, reduction)
+    return reduce_counting(losses, mask, factors, reduction)
 
 
 @contracts.takes_arrays
@@ -187,7 +187,7 @@ def nll_loss(
       axis: the class axis.
       where: bool `[...]`; False rows are gone, even if they hold NaN or a bad label.
       ignore_index: rows with this integer label are gone as well.
-      weights: real `[...]`; a row of weight 0 is gone as well.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
       class_weights: real `[V]`; a constant for differentiation. A class of weight 0 is gone as well.
       reduction: "none", "sum" or "mean".
 
@@ -196,11 +196,13 @@ def nll_loss(
 
     Gradients:
       -cw at the label, -cw q for a distribution, in the dtype of log_probs; -cw log_probs with respect to a
-      distribution, 0 where q = 0 meets -inf. All derivatives in both modes.
+      distribution, 0 where q = 0 meets -inf; the loss with respect to a weight, also one of 0 (0 where the loss
+      is not finite). All derivatives in both modes.
 
     Numerics:
-      -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out of range has NaN loss and
-      a NaN row of the gradient; others are clean. For an integer label only its own entry is read.
+      -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out of range, or NaN beside a
+      distribution, has NaN loss and a NaN row of the gradient; others are clean. For an integer label only its
+      own entry is read.
 
     Cost:
       One pass over N x V; no one-hot array for integer labels; works on a class axis that is split over
@@ -208,8 +210,9 @@ def nll_loss(
 
     Raises:
       TypeError: integer log_probs; labels of a type or form that is neither of the two.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range, ignore_index beside a
-        distribution. Labels in a jax array raise under `checkify.checkify`.
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution
+        that holds NaN, ignore_index beside a distribution. Labels in a jax array raise under
+        `checkify.checkify`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
@@ -222,16 +225,16 @@ def nll_loss(
     """
     function = "nll_loss"
     rows = _rows(function, "log_probs", log_probs, labels, axis, where, ignore_index, weights, reduction)
-    x, label, label_weight = rows.values, rows.label, None
+    x, label, factors, label_weight = rows.values, rows.label, None, None
     if class_weights is not None:
         contracts.check_real(function, "class_weights", class_weights)
         remedy = "For weights of rows use `weights`."
         shape = x.shape[-1:]
         contracts.check_shape(function, "class_weights", class_weights, shape, "one per class", remedy)
-        class_weights = split_as(sharding_of(x), CLASSES, lax.stop_gradient(jnp.asarray(class_weights)))
-        class_weights = over_rows(class_weights.astype(accumulation_dtype(x.dtype)), x.ndim)
+        factors = split_as(sharding_of(x), CLASSES, lax.stop_gradient(jnp.asarray(class_weights)))
+        factors = over_rows(factors.astype(accumulation_dtype(x.dtype)), x.ndim)
         if label is not None:
-            label_weight = jnp.where(label < 0, 1, _select(class_weights, label))  # a bad label counts
+            label_weight = jnp.where(label < 0, 1, _select(factors, label))  # a bad label counts
             rows = rows._replace(where=both(rows.where, label_weight != 0))
 
     def loss(x: Array, label: Array | None, q: Array | None) -> Array:
@@ -241,7 +244,7 @@ def nll_loss(
             return loss if label_weight is None else label_weight * loss
         q = q.astype(x.dtype)
         x = _poisoned((jnp.isnan(x) | jnp.isnan(q)).any(-1), x)
-        q = q if class_weights is None else q * class_weights
+        q = q if factors is None else q * factors
         return jnp.sum(q * -limit(q, x), -1)
 
     return _reduce(loss, rows, 0, reduction, label_weight)
@@ -260,35 +263,42 @@ def kl_divergence(
 ) -> Array:
     """KL(target || model) from log-probabilities of the model. From logits: `softmax_kl_divergence`.
 
-    loss = sum_j q_j (log q_j - log_probs_j) with q = target_probs; 0 log 0 = 0; "mean" is
+    loss = sum_j q_j (log q_j - log_probs_j) with q = target_probs; 0 log 0 = 0. Of measures, which need not sum to
+    1, the generalized one: sum_j q_j (log q_j - log_probs_j) - q_j + exp(log_probs_j). "mean" is
     sum(where w loss) / sum(where w) over rows, not over elements.
 
     Args:
       log_probs: `[..., V]`, floating point.
-      target_probs: `[..., V]`, floating point in [0, 1]. That a row sums to 1 is not checked.
+      target_probs: `[..., V]`, floating point in [0, 1]; if generalized, >= 0. That a row sums to 1 is not
+        checked.
       axis: the class axis.
       where: bool `[...]`; False rows are gone, even if they hold NaN.
-      weights: real `[...]`; a row of weight 0 is gone as well.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN.
+      generalized: of measures; never negative, and 0 only where both are the same.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Divergences `[...]`, or a scalar, in nats; float32 (float64 for float64 log_probs).
 
     Gradients:
-      -q with respect to log_probs, in their dtype; log q - log_probs + 1 with respect to target_probs. Where
-      q = 0 the latter's log q + 1, and an infinite log_probs, count as 0. All derivatives in both modes.
+      -q with respect to log_probs, in their dtype; log q - log_probs + 1 with respect to target_probs; if
+      generalized, p - q and log q - log_probs. Where q = 0 log q + 1, and an infinite log_probs, count as 0. With
+      respect to a weight, also one of 0, the loss (0 where it is not finite). All derivatives in both modes.
 
     Numerics:
       Rounding leaves about 1e-7 |log p|, of either sign: near 0 use `softmax_kl_divergence`, which is
-      accurate and never negative there. q > 0 where the model has -inf gives +inf. A row with q outside [0,
-      1] or a NaN has NaN loss and NaN gradient, others are clean. Masked rows contribute exactly 0.
+      accurate and never negative there. Generalized it is accurate as far as p = exp(log_probs) is: an error of
+      1e-7 in p - q, near 0 too. q > 0 where the model has -inf gives +inf. A q up to 16 ulp above 1 is taken as
+      1. A row with q out of range or a NaN has NaN loss and NaN gradient, others are clean. Masked rows
+      contribute exactly 0.
 
     Cost:
       One pass over N x V.
 
     Raises:
       TypeError: integer log_probs or target_probs; a mask that is not bool.
-      ValueError: shapes that differ; nothing is broadcast.
+      ValueError: shapes that differ (nothing is broadcast), NumPy targets out of range. Those in a jax array
+        raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -297,7 +307,7 @@ def kl_divergence(
       0.6931472
 
     Source:
-      torch.nn.functional.kl_div, whose "batchmean" is "mean" here.
+      torch.nn.functional.kl_div, whose "batchmean" is "mean" here; optax.losses.generalized_kl_divergence.
     """
     function = "kl_divergence"
     if np.shape(target_probs) != np.shape(log_probs) or not contracts.is_floating(target_probs):
@@ -310,7 +320,7 @@ def kl_divergence(
         function, "log_probs", log_probs, target_probs, axis, where, None, weights, reduction, targets
     )
 
-    def loss(x: Array, _: None, q: Array) -> Array:
+    def loss(x: Array, _: Array | None, q: Array | None) -> Array:
         x = widen(x)
         bad = (jnp.isnan(x) | ~targets.ok(q)).any(-1)
         q = q.astype(x.dtype) if generalized else probability(q, x.dtype)

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from . import _contracts as contracts
+from ._devices import ALL, split_as
 from ._numerics import accumulation_dtype, widen
 
 
@@ -28,6 +30,21 @@ def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_
     contracts.check_shape(function, "weights", weights, shape, what, remedy)
     weights = jnp.asarray(weights)
     return where, weights.astype(accumulation_dtype(weights.dtype))
+
+
+def elements(
+    function: str, argument: str, x: Any, labels: Any, where: Any, weights: Any, sharding: Any
+) -> tuple[Array, Array | None, Array | None]:
+    """(labels, where, weights) of elements `x`, each a yes/no: checked, and split as they are."""
+    shape = np.shape(x)
+    contracts.check_binary_labels(function, labels, shape, argument)
+    labels = contracts.check_host_values(
+        function, "labels", labels, contracts.YES_NO, contracts.host_mask(where, weights)
+    )
+    where, weights = row_weights(function, shape, where, weights, argument)
+    labels, where, weights = (split_as(sharding, ALL, x) for x in (labels, where, weights))
+    contracts.debug_check_values(function, "labels", labels, contracts.YES_NO, visible(where, weights))
+    return labels, where, weights
 
 
 def rows_that_count(

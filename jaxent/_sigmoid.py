@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 from . import _contracts as contracts
 from ._contracts import Number
 from ._derivatives import varying_like, with_forward_mode
-from ._devices import ALL, CLASSES, split_as
+from ._devices import CLASSES, split_as
 from ._logits.explicit import sharding_of
 from ._numerics import accumulation_dtype, as_dtype, limit, nan_unless, over_rows, probability, widen
-from ._reduction import keep, reduce_counting, row_weights, visible
+from ._reduction import elements, keep, reduce_counting
 
 
 @contracts.takes_arrays
@@ -31,7 +31,7 @@ def sigmoid_cross_entropy(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     reduction: str = "none",
 ) -> Array:
     """Cross-entropy of independent yes/no classes, elementwise (multi-label, or one logit for two classes).
@@ -43,34 +43,37 @@ def sigmoid_cross_entropy(
       logits: `[...]`, floating point; any real number.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       pos_weight: weight of the positive half: a number >= 0, or an array of shape `[]` or `[V]`, the last
         axis.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2.
+      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, pos_weight and
-      weights are differentiable as well (for labels it is -(1 - a) z without a pos_weight). Forward mode and
-      second derivatives work. Where the loss takes 0 * inf as 0, at infinite logits, so does the gradient of
-      the labels.
+      (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, weights and
+      options that are arrays are differentiable as well (for labels it is -(1 - a) z without a pos_weight; the
+      derivative along a weight of 0 is the loss, 0 if that is not finite). Forward mode and second derivatives
+      work. Where the loss takes 0 * inf as 0, at infinite logits, so do the gradients of labels and options.
 
     Numerics:
       Computed in float32 at least. Loss within 4 ulp, gradient within 2e-6 relative to its two terms, also at
       losses of 1e-30. Exact at z = +-inf: 0 for the right label, inf for the wrong one. L(z, 1) == L(-z, 0)
       bit for bit. An element with NaN logit or a bad label has NaN loss and NaN gradient, the others are
-      clean; masked elements contribute exactly 0 to both. A mean over nothing is 0.
+      clean; masked elements contribute exactly 0 to both. A mean over nothing is 0. A float label up to 16 ulp
+      above 1, as sums of probabilities are, is taken as 1. An option that is a jax array makes the loss NaN
+      where it is out of range (of its class, if it is one per class).
 
     Cost:
-      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels.
+      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels. An option
+      that is a Python number is part of the program; an array may change without compiling again.
 
     Raises:
       TypeError: logits that are not floating point; complex labels; a mask that is not bool.
-      ValueError: shapes that differ (nothing is broadcast), an option out of range, or labels outside [0, 1]
-        in a NumPy array. Those in a jax array raise under `checkify.checkify`.
+      ValueError: shapes that differ (nothing is broadcast), an option out of range (a number or a NumPy array),
+        or labels outside [0, 1] in a NumPy array. Those in a jax array raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -90,12 +93,12 @@ def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    gamma: float = 2.0,
-    alpha: float | None = None,
+    gamma: ArrayLike = 2.0,
+    alpha: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     reduction: str = "none",
 ) -> Array:
     """Focal loss of independent yes/no classes: easy elements are turned down by (1 - p)^gamma.
@@ -106,12 +109,12 @@ def sigmoid_focal_loss(
     Args:
       logits: `[...]`, floating point.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
-      gamma: focusing exponent >= 0; 0 is cross-entropy.
-      alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1].
+      gamma: focusing exponent >= 0; 0 is cross-entropy. A number, or an array `[]`.
+      alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1]. A number, or an array `[]`.
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       pos_weight: a further weight of positives: a number >= 0, or an array of shape `[]` or `[V]`.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2.
+      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean"; the mean divides by the elements, not by the positives of a
         detector.
 
@@ -120,7 +123,7 @@ def sigmoid_focal_loss(
 
     Gradients:
       -(1 - p)^gamma (gamma p (-log p) + 1 - p) at y = 1, mirrored at y = 0, in the logits' dtype. Float
-      labels, pos_weight and weights are differentiable. Forward mode and second derivatives work.
+      labels, weights and options that are arrays are differentiable. Forward mode and second derivatives work.
 
     Numerics:
       As `sigmoid_cross_entropy`; loss and gradient within 2e-6 relative for gamma up to 5, however large |z|,
@@ -160,13 +163,13 @@ def sigmoid_asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    gamma_negative: float = 4.0,
-    gamma_positive: float = 1.0,
+    gamma_negative: ArrayLike = 4.0,
+    gamma_positive: ArrayLike = 1.0,
     clip: float = 0.05,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     reduction: str = "none",
 ) -> Array:
     """Asymmetric loss for multi-label problems with many negatives: easy negatives are turned down, then off.
@@ -177,21 +180,21 @@ def sigmoid_asymmetric_loss(
     Args:
       logits: `[...]`, floating point.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
-      gamma_negative: focusing exponent of negatives, >= 0.
-      gamma_positive: focusing exponent of positives, >= 0.
-      clip: negatives with a probability below it are off, in [0, 1).
+      gamma_negative: focusing exponent of negatives, >= 0. A number, or an array `[]`.
+      gamma_positive: focusing exponent of positives, >= 0. A number, or an array `[]`.
+      clip: negatives with a probability below it are off, in [0, 1). A Python number.
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       pos_weight: weight of positives: a number >= 0, or an array of shape `[]` or `[V]`, the last axis.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2.
+      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      Through the powers as well (the authors' code can stop them), in the logits' dtype. Float labels,
-      pos_weight and weights are differentiable. Forward mode and second derivatives work.
+      Through the powers as well (the authors' code can stop them), in the logits' dtype. Float labels, weights
+      and options that are arrays are differentiable. Forward mode and second derivatives work.
 
     Numerics:
       As `sigmoid_focal_loss`, within 4e-6 relative. p - clip is not formed by subtraction, so the loss of a
@@ -221,8 +224,10 @@ def sigmoid_asymmetric_loss(
     contracts.check_number(function, "clip", clip, 0, 1, remedy)
     contracts.check_option(function, "clip", clip, clip < 1, "in [0, 1)", remedy)
     arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
-    gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
-    return _loss(function, *arguments, **gammas, clip=float(clip))
+    clip = float(clip)
+    return _loss(
+        function, *arguments, gamma_positive=gamma_positive, gamma_negative=gamma_negative, clip=clip
+    )
 
 
 class _Form(NamedTuple):
@@ -254,22 +259,14 @@ def _loss(
     contracts.check_reduction(function, reduction)
     remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
     contracts.check_floating(function, "logits", logits, remedy)
-    shape = np.shape(logits)
-    contracts.check_binary_labels(function, labels, shape, "logits")
-    mask = contracts.host_mask(where, weights)
-    where, weights = row_weights(function, shape, where, weights)
-    z, labels = (
-        jnp.asarray(logits),
-        contracts.check_host_values(function, "labels", labels, contracts.YES_NO, mask),
-    )
+    z = jnp.asarray(logits)
     sharding = sharding_of(z)
-    labels, where, weights = (split_as(sharding, ALL, x) for x in (labels, where, weights))
-    contracts.debug_check_values(function, "labels", labels, contracts.YES_NO, visible(where, weights))
+    labels, where, weights = elements(function, "logits", z, labels, where, weights, sharding)
 
     remedy = "It multiplies the positive half of the loss; for weights of elements use `weights`."
     if pos_weight is None:
         pos_weight = 1.0
-    pos_weight = contracts.number(function, "pos_weight", pos_weight, 0, math.inf, remedy, shape=shape[-1:])
+    pos_weight = contracts.number(function, "pos_weight", pos_weight, 0, math.inf, remedy, shape=z.shape[-1:])
     if not isinstance(pos_weight, float) and pos_weight.ndim:
         pos_weight = over_rows(split_as(sharding, CLASSES, pos_weight), z.ndim)
     remedy = "It moves labels towards 1/2."
@@ -281,8 +278,8 @@ def _loss(
     )
     smoothing, pos_weight, alpha, beta, gamma_positive, gamma_negative = options
     form = _Form(smoothing, alpha * pos_weight, beta, gamma_positive, gamma_negative, clip)
-    static = _Form(*(x if isinstance(x, float) else None for x in form))
-    values = varying_like(z, _Form(*(None if isinstance(x, float) else x for x in form)))
+    static, values = _apart(form)
+    values = varying_like(z, values)
 
     def losses(counts: Array | None) -> Array:
         return _elementwise(
@@ -370,7 +367,14 @@ def _factors(form: _Form, labels: Array, dtype: Any) -> tuple[Array, Array, Arra
     return form.positive * yes, form.negative * no, yes, no
 
 
-def _joined(static: _Form, values: _Form) -> _Form:
+def _apart(form: Any) -> tuple[_Form, _Form]:
+    """The floats, and the arrays."""
+    floats = [isinstance(x, float) for x in form]
+    static = _Form(*(x if f else None for x, f in zip(form, floats, strict=True)))
+    return static, _Form(*(None if f else x for x, f in zip(form, floats, strict=True)))
+
+
+def _joined(static: Any, values: Any) -> _Form:
     return _Form(*(x if value is None else value for x, value in zip(static, values, strict=True)))
 
 
@@ -410,22 +414,26 @@ def _backward(static: _Form, residuals: Any, g: Array) -> Any:
         d = form.positive * yes.value - form.negative * no.value
     d = d * nan_unless(~jnp.isnan(y))
 
-    def of(value: Array, derivative: Array) -> Array:
+    def of(value: Any, derivative: Any) -> Any:
+        if value is None:
+            return None
         rows = tuple(range(z.ndim - 1)) if value.ndim else None
         return jnp.sum(g * derivative, rows, keepdims=bool(value.ndim))
 
+    tilt = 0.5 - probability(labels, z.dtype)
     d_values = _Form(
-        label_smoothing=d * (0.5 - probability(labels, z.dtype)),
-        positive=y * yes.value,
-        negative=other * no.value,
-        gamma_positive=positive * yes.per_gamma,
-        gamma_negative=negative * no.per_gamma,
+        label_smoothing=of(values.label_smoothing, tilt * limit(tilt, d)),
+        positive=of(values.positive, y * yes.value),
+        negative=of(values.negative, other * no.value),
+        gamma_positive=of(values.gamma_positive, positive * yes.per_gamma),
+        gamma_negative=of(values.gamma_negative, negative * no.per_gamma),
+        clip=None,
     )
-    d_values = _Form(*(x if x is None else of(x, dx) for x, dx in zip(values, d_values, strict=True)))
     d_logits = (g * (positive * yes.slope + negative * no.slope)).astype(logits.dtype)
     d_labels = None
     if contracts.is_floating(labels):
-        d_labels = (g * ((1 - form.label_smoothing) * d)).astype(labels.dtype)
+        share = 1 - form.label_smoothing
+        d_labels = (g * (share * limit(share, d))).astype(labels.dtype)
     return d_logits, d_labels, d_values
 
 
