@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
-from ._numerics import accumulation_dtype, is_probability
+from ._numerics import accumulation_dtype, is_probability, nan_unless
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -165,7 +165,7 @@ def number(
     ok = ((value > low) if above else (value >= low)) & (value <= high) & (value < math.inf)
     if isinstance(value, np.ndarray) and not ok.all():
         check_number(function, argument, value[~ok][0].item(), low, high, remedy, above=above)
-    return jnp.where(ok, jnp.asarray(value), jnp.nan)
+    return jnp.asarray(value) * nan_unless(ok)
 
 
 def is_number(value: Any) -> bool:

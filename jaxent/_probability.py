@@ -388,17 +388,21 @@ def _rows(
         expected = "an int beside integer labels"
         contracts.check_option(function, "ignore_index", ignore_index, ok, expected, remedy)
     x = jnp.moveaxis(jnp.asarray(values), axis, -1)
-    mask, classes = contracts.host_mask(where, weights), x.shape[-1]
+    raw, classes = (where, weights), x.shape[-1]
     where, weights = row_weights(function, x.shape[:-1], where, weights, argument)
+    mask = contracts.host_mask(*raw)
     sharding = sharding_of(x)
     where, weights = (split_as(sharding, ROWS, a) for a in (where, weights))
     seen = visible(where, weights)
     if not has_index:
         name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
-        mask = None if mask is None else jnp.expand_dims(mask, axis)
+        rows = list(np.shape(labels))
+        rows[axis] = 1
+        mask = None if mask is None else mask.reshape(rows)
         q = contracts.check_host_values(function, name, labels, targets, mask)
         q = split_as(sharding, ALL, jnp.moveaxis(q, axis, -1))
-        contracts.debug_check_values(function, name, q, targets, None if seen is None else seen[..., None])
+        seen = None if seen is None else jnp.expand_dims(seen, axis)
+        contracts.debug_check_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
         return _Rows(x, None, q, where, weights)
 
     label, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)

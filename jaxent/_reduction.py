@@ -38,10 +38,10 @@ def elements(
     """(labels, where, weights) of elements `x`, each a yes/no: checked, and split as they are."""
     shape = np.shape(x)
     contracts.check_binary_labels(function, labels, shape, argument)
-    labels = contracts.check_host_values(
-        function, "labels", labels, contracts.YES_NO, contracts.host_mask(where, weights)
-    )
+    raw = where, weights
     where, weights = row_weights(function, shape, where, weights, argument)
+    mask = contracts.host_mask(*raw)
+    labels = contracts.check_host_values(function, "labels", labels, contracts.YES_NO, mask)
     labels, where, weights = (split_as(sharding, ALL, x) for x in (labels, where, weights))
     contracts.debug_check_values(function, "labels", labels, contracts.YES_NO, visible(where, weights))
     return labels, where, weights

@@ -273,18 +273,14 @@ def _loss(
     smoothing = contracts.number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
     alpha, beta = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     dtype = accumulation_dtype(z.dtype)
-    options = (
-        as_dtype(x, dtype) for x in (smoothing, pos_weight, alpha, beta, gamma_positive, gamma_negative)
-    )
-    smoothing, pos_weight, alpha, beta, gamma_positive, gamma_negative = options
+    alpha, pos_weight = as_dtype(alpha, dtype), as_dtype(pos_weight, dtype)
     form = _Form(smoothing, alpha * pos_weight, beta, gamma_positive, gamma_negative, clip)
-    static, values = _apart(form)
+    static, values = _apart(as_dtype(x, dtype) for x in form)
     values = varying_like(z, values)
 
     def losses(counts: Array | None) -> Array:
-        return _elementwise(
-            static, keep(counts, z), keep(counts, labels, False), values
-        )  # False takes any dtype
+        y = keep(counts, labels, False)  # it takes any dtype
+        return _elementwise(static, keep(counts, z), y, values)
 
     return reduce_counting(losses, where, weights, reduction)
 
@@ -369,9 +365,9 @@ def _factors(form: _Form, labels: Array, dtype: Any) -> tuple[Array, Array, Arra
 
 def _apart(form: Any) -> tuple[_Form, _Form]:
     """The floats, and the arrays."""
-    floats = [isinstance(x, float) for x in form]
-    static = _Form(*(x if f else None for x, f in zip(form, floats, strict=True)))
-    return static, _Form(*(None if f else x for x, f in zip(form, floats, strict=True)))
+    form = _Form(*form)
+    static = _Form(*(x if isinstance(x, float) else None for x in form))
+    return static, form._replace(**{name: None for name, x in static._asdict().items() if x is not None})
 
 
 def _joined(static: Any, values: Any) -> _Form:
