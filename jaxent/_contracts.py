@@ -308,7 +308,7 @@ def host_mask(where: Any, weights: Any) -> Any:
     """`where` and weights != 0 as one mask, traced only if one of them is."""
     if weights is None:
         return where
-    nonzero = weights != 0
+    nonzero = weights != np.zeros((), dtype_of(weights))  # bools, too
     return nonzero if where is None else nonzero & where
 
 

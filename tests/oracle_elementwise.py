@@ -144,9 +144,10 @@ def generalized_kl_divergence(log_p, q):
         log_ratio = mp.log(t) - x if t else mp.mpf(0)
         return t * log_ratio - t + mp.exp(x)
 
-    with mp.workdps(50):
-        loss = np.vectorize(element, otypes=[object])(log_p, q).sum(-1)
-        p = np.vectorize(lambda x: LD(mp.nstr(mp.exp(mp.mpf(float(x))), 30)))(log_p)
-        loss = np.vectorize(lambda x: LD(mp.nstr(x, 30)))(loss)
-    with np.errstate(all="ignore"):
+    def rounded(x):
+        return LD(mp.nstr(x, 30))
+
+    with mp.workdps(50), np.errstate(all="ignore"):
+        loss = np.vectorize(rounded)(np.vectorize(element, otypes=[object])(log_p, q).sum(-1))
+        p = np.vectorize(lambda x: rounded(mp.exp(mp.mpf(float(x)))))(log_p)
         return loss, p - LD(1) * q, np.log(LD(1) * q) - LD(1) * log_p
