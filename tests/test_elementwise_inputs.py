@@ -70,7 +70,7 @@ def test_a_teacher_of_yes_and_no_that_masks_a_class():
             found.append([jax.jacrev(f)(t), jax.jacfwd(f)(t), jax.jvp(f, (t,), (jnp.zeros(3),))[1]])
         return found
 
-    for reverse, forward, along_zeros in everything(z):
+    for reverse, forward, along_zeros in jax.tree.map(np.asarray, everything(z)):
         np.testing.assert_allclose(reverse, forward, rtol=1e-6)
         np.testing.assert_array_equal(reverse[[0, 2]], 0)
         np.testing.assert_array_equal(along_zeros, 0)
