@@ -7,7 +7,7 @@ argument, what was expected, what came, and one remedy. The only module that imp
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import chex
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
-from ._numerics import accumulation_dtype
+from ._numerics import accumulation_dtype, is_probability, nan_unless
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -150,8 +150,8 @@ def number(
 ) -> Number:
     """An option as a Python float, or as an array `[]` (or of `shape`) whose values may be known at run time only.
 
-    A Python number is checked, and part of the program. An array is a value: it is NaN, and so are the losses, where it
-    is out of range.
+    A Python number is checked, and part of the program. An array is a value, checked if it is numpy's; else it is NaN,
+    and so are the losses, where it is out of range.
     """
     if is_number(value):
         check_number(function, argument, value, low, high, remedy, above=above)
@@ -161,10 +161,11 @@ def number(
     if not has_shape(value, ()) and not (shape and has_shape(value, shape)):
         expected = "of shape []" + (f" or {list(shape)}" if shape else "")
         fail(ValueError, function, argument, expected, describe(value), remedy)
-    value = jnp.asarray(value)
     value = value.astype(accumulation_dtype(value.dtype))
-    ok = (low < value if above else low <= value) & (value <= high) & jnp.isfinite(value)
-    return jnp.where(ok, value, jnp.nan)
+    ok = ((value > low) if above else (value >= low)) & (value <= high) & (value < math.inf)
+    if isinstance(value, np.ndarray) and not ok.all():
+        check_number(function, argument, value[~ok][0].item(), low, high, remedy, above=above)
+    return jnp.asarray(value) * nan_unless(ok)
 
 
 def is_number(value: Any) -> bool:
@@ -271,18 +272,20 @@ def index_labels(
     ignored = np.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
     bad = ((labels < 0) | (labels >= classes)) & ~ignored
     if mask is None or not isinstance(mask, jax.core.Tracer):
-        fail_on_host(function, labels, bad, mask, f"in [0, {classes})", LABELS_REMEDY)
+        fail_on_host(function, "labels", labels, bad, mask, f"in [0, {classes})", LABELS_REMEDY)
     labels = np.where(bad, -1, np.where(bad | ignored, 0, labels).astype(np.int32))
     return jnp.asarray(labels, jnp.int32), None if ignore_index is None else jnp.asarray(ignored)
 
 
-def fail_on_host(function: str, labels: np.ndarray, bad: Any, mask: Any, expected: str, remedy: str) -> None:
-    """ValueError that names the first bad label that `mask` does not hide."""
+def fail_on_host(
+    function: str, argument: str, x: np.ndarray, bad: Any, mask: Any, expected: str, remedy: str
+) -> None:
+    """ValueError that names the first bad element that `mask` does not hide."""
     bad = bad if mask is None else bad & np.asarray(mask)
     if bad.any():
         index = tuple(int(i) for i in np.argwhere(bad)[0])
-        got = f"{labels[index]}" + (f" at index {list(index)}" if index else "")
-        fail(ValueError, function, "labels", expected, got, remedy)
+        got = f"{x[index]}" + (f" at index {list(index)}" if index else "")
+        fail(ValueError, function, argument, expected, got, remedy)
 
 
 def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) -> None:
@@ -303,14 +306,14 @@ def _first_bad(ok: Array, labels: Array) -> tuple[Array, Array]:
     for axis in range(ok.ndim):
         position = position * ok.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, ok.shape, axis)
     bad = jnp.min(jnp.where(ok, ok.size, position), initial=ok.size)
-    return bad, jnp.sum(jnp.where(position == bad, labels, 0), dtype=labels.dtype)
+    return bad, jnp.sum(jnp.where(position == bad, labels, jnp.zeros((), labels.dtype)), dtype=labels.dtype)
 
 
 def host_mask(where: Any, weights: Any) -> Any:
     """`where` and weights != 0 as one mask, traced only if one of them is."""
     if weights is None:
         return where
-    nonzero = weights != 0
+    nonzero = weights != np.zeros((), dtype_of(weights))  # bools, too
     return nonzero if where is None else nonzero & where
 
 
@@ -324,29 +327,40 @@ def check_binary_labels(function: str, labels: Any, shape: tuple[int, ...], argu
     check_shape(function, "labels", labels, shape, f"one per element of `{argument}`", remedy)
 
 
-def check_host_binary_labels(function: str, labels: Any, mask: Any) -> Array:
-    """Labels as an array; those that are known on the host are checked at once.
+class Values(NamedTuple):
+    """What the elements of an array may be: a test, its wording, and a remedy."""
 
-    What a traced mask may still hide becomes 2, which is bad in every dtype: jax would truncate an int64, and
+    ok: Callable[[Any], Any]
+    expected: str
+    remedy: str
+
+
+YES_NO = Values(is_probability, "in [0, 1]", "1 is yes, 0 is no; hide an element with `where=`.")
+
+
+def check_host_values(function: str, argument: str, x: Any, values: Values, mask: Any) -> Any:
+    """`x`; what is known on the host is checked at once, and an array.
+
+    What a traced mask may still hide becomes NaN or 2, which is bad in every dtype: jax would truncate an int64, and
     round a float64 to float32, which can turn a bad label into a good one.
     """
-    if not is_on_host(labels):
-        return labels
-    labels = np.asarray(labels)
-    bad = ~((labels >= 0) & (labels <= 1))
+    if not is_on_host(x):
+        return x
+    x = np.asarray(x)
+    bad = ~values.ok(x)
     if mask is None or not isinstance(mask, jax.core.Tracer):
-        remedy = "1 is yes, 0 is no; hide an element with `where=`."
-        fail_on_host(function, labels, bad, mask, "in [0, 1]", remedy)
-    return jnp.asarray(np.where(bad, np.asarray(2, labels.dtype), labels))
+        fail_on_host(function, argument, x, bad, mask, values.expected, values.remedy)
+    return jnp.asarray(np.where(bad, np.asarray(np.nan if is_floating(x) else 2, x.dtype), x))
 
 
-def debug_check_binary_labels(function: str, ok: Array, labels: Array) -> None:
-    """As `debug_check_labels`."""
-    bad, value = _first_bad(ok, labels)
+def debug_check_values(function: str, argument: str, x: Array, values: Values, seen: Array | None) -> None:
+    """As `debug_check_labels`, where `seen`."""
+    ok = values.ok(x) if seen is None else values.ok(x) | ~seen
+    bad, value = _first_bad(ok, x)
     checkify.debug_check(
         jnp.all(ok),
-        f"jaxent.{function}: `labels` must be in [0, 1], but element {{element}} (counted over the flattened "
-        "array) has label {label}. 1 is yes, 0 is no; hide an element with `where=`.",
+        f"jaxent.{function}: `{argument}` must be {values.expected}, but element {{element}} (counted over the "
+        f"flattened array) is {{value}}. {values.remedy}",
         element=bad,
-        label=value,
+        value=value,
     )

@@ -1,5 +1,7 @@
 """Arithmetic that keeps its promises: accumulation dtype, compensated exp, safe products."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -34,6 +36,25 @@ def over_rows(x: Array, ndim: int) -> Array:
 def divided(x: Array, by: float | Array) -> Array:
     """x / by; nothing to do where that is the number 1."""
     return x if isinstance(by, float) and by == 1 else x / by
+
+
+def is_probability(x: Any) -> Any:
+    """In [0, 1]; and up to 16 ulp above 1, to which sums of probabilities round."""
+    if x.dtype == bool:
+        return x == x
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return (x >= 0) & (x <= (1 + 16 * float(jnp.finfo(x.dtype).eps) if is_float else 1))
+
+
+def probability(x: Array, dtype: DTypeLike) -> Array:
+    """`x` in `dtype`; NaN, and so is the gradient, where it is none. What is above 1 is 1, with the derivative of x."""
+    ok, x = is_probability(x), x.astype(dtype)
+    return (x - lax.stop_gradient(jnp.where(x > 1, x - 1, 0))) * nan_unless(ok)
+
+
+def nan_unless(ok: Array) -> Array:
+    """A factor: NaN poisons the value and, by the product rule, the gradient."""
+    return jnp.where(ok, 1, jnp.nan)
 
 
 def lowest(dtype: DTypeLike) -> Array:
@@ -73,7 +94,7 @@ def product_or_zero(weight: Array, x: Array) -> Array:
     return jnp.where(off, 0, weight * jnp.where(off, 0, x))
 
 
-def limit(weight: Array, x: Array) -> Array:
+def limit(weight: float | Array, x: Array) -> Array:
     """`x`, but 0 where the weight is 0 and x infinite, so that their product is 0 there.
 
     Unlike `product_or_zero` it keeps the derivative with respect to a weight of 0 while x is finite.

@@ -2,9 +2,12 @@
 
 The gradients are autodiff's. Two habits make them right on hostile input: what 0 log 0 would touch is
 replaced before the logarithm, and a bad row is multiplied by NaN, which poisons its gradient as well.
+A probability up to 16 ulp above 1 is 1: sums of probabilities round to such numbers.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +15,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
-from ._numerics import limit, widen
-from ._reduction import keep, reduce, row_weights
-from ._statistics import take_class
+from ._devices import ALL, CLASSES, ROWS, lanes, split_as
+from ._logits.explicit import sharding_of
+from ._numerics import accumulation_dtype, is_probability, limit, nan_unless, over_rows, probability, widen
+from ._reduction import both, elements, keep, reduce_counting, row_weights, visible
 
 
+@contracts.takes_arrays
 def categorical_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -36,7 +41,7 @@ def categorical_cross_entropy(
       labels: integers `[...]` in [0, V), or a float distribution `[..., V]`.
       axis: the class axis.
       where: bool `[...]`; False rows are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; a row of weight 0 is gone as well.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
       reduction: "none", "sum" or "mean".
 
     Returns:
@@ -44,21 +49,24 @@ def categorical_cross_entropy(
 
     Gradients:
       -1/p at the label, -q/p for a distribution, with respect to probs; -log p with respect to a
-      distribution, 0 where p = q = 0. All derivatives in both modes.
+      distribution, 0 where p = q = 0; the loss with respect to a weight, also one of 0 (0 where the loss is not
+      finite). All derivatives in both modes.
 
     Numerics:
       Probabilities are never clipped: p = 0 at the label gives a loss of +inf and a gradient of -inf, which
       is what a softmax that underflowed has lost and what `softmax_cross_entropy` on the logits still knows.
-      A row with a probability outside [0, 1], NaN, or a label out of range has NaN loss and NaN gradient;
-      others are clean. Masked rows contribute exactly 0. A mean over nothing is 0.
+      Up to 16 ulp above 1 (1 + 16 eps of the dtype of probs: 1.000002 in float32, 1.125 in bfloat16) p is taken
+      as 1, and the gradient is that at 1. A row with any other probability outside [0, 1], NaN, or a label out
+      of range has NaN loss and NaN gradient; others are clean. Masked rows contribute exactly 0. A mean over
+      nothing is 0.
 
     Cost:
       One pass over N x V; no one-hot array for integer labels.
 
     Raises:
       TypeError: integer probs; labels of a type or form that is neither of the two.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range. Labels in a jax array
-        raise under `checkify.checkify`.
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution
+        that holds NaN. Those in a jax array raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -70,18 +78,21 @@ def categorical_cross_entropy(
       tf.keras.losses.CategoricalCrossentropy, which clips at 1e-7.
     """
     function = "categorical_cross_entropy"
-    p, label, q, counts, weights = _rows(
-        function, "probs", probs, labels, axis, where, None, weights, reduction, hidden=1
-    )
-    ok = jnp.all(_is_probability(p), -1)
-    p = p * _nan_unless(ok)[..., None]
-    if label is not None:
-        loss = -jnp.log(_select(p, label))
-    else:
-        loss = jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)
-    return reduce(loss, counts, weights, reduction)
+    rows = _rows(function, "probs", probs, labels, axis, where, None, weights, reduction)
+
+    def loss(p: Array, label: Array | None, q: Array | None) -> Array:
+        p = probability(p, accumulation_dtype(p.dtype))
+        bad = jnp.isnan(p).any(-1)
+        if label is not None:
+            return -jnp.log(_select(_poisoned(bad | (label < 0), p), label))
+        q = q.astype(p.dtype)
+        p = _poisoned(bad | jnp.isnan(q).any(-1), p)
+        return jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)
+
+    return _reduce(loss, rows, 1, reduction)
 
 
+@contracts.takes_arrays
 def binary_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -99,7 +110,7 @@ def binary_cross_entropy(
       probs: `[...]`, floating point in [0, 1].
       labels: `[...]`, exactly the shape of probs; bool, 0/1 integers, or floats in [0, 1].
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       reduction: "none", "sum" or "mean".
 
     Returns:
@@ -107,19 +118,22 @@ def binary_cross_entropy(
 
     Gradients:
       -y/p + (1 - y)/(1 - p) with respect to probs, log(1 - p) - log p with respect to float labels; a term
-      that is 0 * inf is 0. All derivatives in both modes.
+      that is 0 * inf is 0. With respect to a weight, also one of 0, the loss (0 where it is not finite). All
+      derivatives in both modes.
 
     Numerics:
       Probabilities are never clipped: p = 0 at y = 1 gives +inf. A p next to 1 has rounded 1 - p away
-      already, at worst all of it; `sigmoid_cross_entropy` on the logits has not. An element with p or y
-      outside [0, 1] has NaN loss and NaN gradient; others are clean. Masked elements contribute exactly 0.
+      already, at worst all of it; `sigmoid_cross_entropy` on the logits has not. Up to 16 ulp above 1 p and y
+      are taken as 1, and the gradient is that at 1. An element with p or y elsewhere outside [0, 1] has NaN loss
+      and NaN gradient; others are clean. Masked elements contribute exactly 0.
 
     Cost:
       Elementwise; nothing of the size of probs beyond the result.
 
     Raises:
       TypeError: integer probs; complex labels; a mask that is not bool.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels outside [0, 1].
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels outside [0, 1]. Labels in a jax array
+        raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -132,24 +146,25 @@ def binary_cross_entropy(
     function = "binary_cross_entropy"
     contracts.check_reduction(function, reduction)
     contracts.check_floating(function, "probs", probs, "Pass probabilities as floats.")
-    shape = np.shape(probs)
-    contracts.check_binary_labels(function, labels, shape, "probs")
-    counts, row_weight = row_weights(function, shape, where, weights, "probs")
-    labels = contracts.check_host_binary_labels(function, labels, contracts.host_mask(where, weights))
-    labels = keep(counts, labels, False)
-    contracts.debug_check_binary_labels(function, _is_probability(labels), labels)
-    p = widen(keep(counts, jnp.asarray(probs), 0.5))
-    y = labels.astype(p.dtype)
-    poison = _nan_unless(_is_probability(p) & _is_probability(y))
-    p, y = p * poison, y * poison
-    yes = -jnp.log(jnp.where((y == 0) & (p == 0), 1, p))
-    p = jnp.where((y == 1) & (p == 1), 0, p)
-    # in parts: XLA's float64 log1p is off by 100 ulp around -0.4
-    low = p < 0.25
-    no = -jnp.where(low, jnp.log1p(-jnp.where(low, p, 0)), jnp.log(1 - jnp.where(low, 0, p)))
-    return reduce(y * yes + (1 - y) * no, counts, row_weight, reduction)
+    x = jnp.asarray(probs)
+    given, mask, factors = elements(function, "probs", x, labels, where, weights, sharding_of(x))
+
+    def losses(counts: Array | None) -> Array:
+        dtype = accumulation_dtype(x.dtype)
+        p, y = probability(keep(counts, x, 0.5), dtype), probability(keep(counts, given, False), dtype)
+        poison = nan_unless(~jnp.isnan(p + y))
+        p, y = p * poison, y * poison
+        yes = -jnp.log(jnp.where((y == 0) & (p == 0), 1, p))
+        p = jnp.where((y == 1) & (p == 1), 0, p)
+        # in parts: XLA's float64 log1p is off by 100 ulp around -0.4
+        low = p < 0.25
+        no = -jnp.where(low, jnp.log1p(-jnp.where(low, p, 0)), jnp.log(1 - jnp.where(low, 0, p)))
+        return y * yes + (1 - y) * no
+
+    return reduce_counting(losses, mask, factors, reduction)
 
 
+@contracts.takes_arrays
 def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -172,7 +187,7 @@ def nll_loss(
       axis: the class axis.
       where: bool `[...]`; False rows are gone, even if they hold NaN or a bad label.
       ignore_index: rows with this integer label are gone as well.
-      weights: real `[...]`; a row of weight 0 is gone as well.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
       class_weights: real `[V]`; a constant for differentiation. A class of weight 0 is gone as well.
       reduction: "none", "sum" or "mean".
 
@@ -181,11 +196,13 @@ def nll_loss(
 
     Gradients:
       -cw at the label, -cw q for a distribution, in the dtype of log_probs; -cw log_probs with respect to a
-      distribution, 0 where q = 0 meets -inf. All derivatives in both modes.
+      distribution, 0 where q = 0 meets -inf; the loss with respect to a weight, also one of 0 (0 where the loss
+      is not finite). All derivatives in both modes.
 
     Numerics:
-      -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out of range has NaN loss and
-      a NaN row of the gradient; others are clean. For an integer label only its own entry is read.
+      -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out of range, or NaN beside a
+      distribution, has NaN loss and a NaN row of the gradient; others are clean. For an integer label only its
+      own entry is read.
 
     Cost:
       One pass over N x V; no one-hot array for integer labels; works on a class axis that is split over
@@ -193,8 +210,9 @@ def nll_loss(
 
     Raises:
       TypeError: integer log_probs; labels of a type or form that is neither of the two.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range, ignore_index beside a
-        distribution. Labels in a jax array raise under `checkify.checkify`.
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution
+        that holds NaN, ignore_index beside a distribution. Labels in a jax array raise under
+        `checkify.checkify`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
@@ -206,27 +224,33 @@ def nll_loss(
       torch.nn.functional.nll_loss, with its class-weighted mean.
     """
     function = "nll_loss"
-    x, label, q, counts, weights = _rows(
-        function, "log_probs", log_probs, labels, axis, where, ignore_index, weights, reduction, hidden=0
-    )
+    rows = _rows(function, "log_probs", log_probs, labels, axis, where, ignore_index, weights, reduction)
+    x, label, factors, label_weight = rows.values, rows.label, None, None
     if class_weights is not None:
         contracts.check_real(function, "class_weights", class_weights)
         remedy = "For weights of rows use `weights`."
         shape = x.shape[-1:]
         contracts.check_shape(function, "class_weights", class_weights, shape, "one per class", remedy)
-        class_weights = lax.stop_gradient(jnp.asarray(class_weights)).astype(x.dtype)
-    if label is None:
-        q = q if class_weights is None else q * class_weights
-        return reduce(jnp.sum(q * -limit(q, x), -1), counts, weights, reduction)
-    loss, label_weight = -_select(x, label), None
-    if class_weights is not None:
-        label_weight = jnp.where(label < 0, 1, take_class(class_weights, label))  # a bad label counts
-        nonzero = label_weight != 0
-        counts = nonzero if counts is None else counts & nonzero
-        loss = label_weight * loss
-    return reduce(loss, counts, weights, reduction, label_weight)
+        factors = split_as(sharding_of(x), CLASSES, lax.stop_gradient(jnp.asarray(class_weights)))
+        factors = over_rows(factors.astype(accumulation_dtype(x.dtype)), x.ndim)
+        if label is not None:
+            label_weight = jnp.where(label < 0, 1, _select(factors, label))  # a bad label counts
+            rows = rows._replace(where=both(rows.where, label_weight != 0))
+
+    def loss(x: Array, label: Array | None, q: Array | None) -> Array:
+        x = widen(x)
+        if label is not None:
+            loss = -_select(_poisoned(label < 0, x), label)
+            return loss if label_weight is None else label_weight * loss
+        q = q.astype(x.dtype)
+        x = _poisoned((jnp.isnan(x) | jnp.isnan(q)).any(-1), x)
+        q = q if factors is None else q * factors
+        return jnp.sum(q * -limit(q, x), -1)
+
+    return _reduce(loss, rows, 0, reduction, label_weight)
 
 
+@contracts.takes_arrays
 def kl_divergence(
     log_probs: ArrayLike,
     target_probs: ArrayLike,
@@ -234,39 +258,47 @@ def kl_divergence(
     axis: int = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    generalized: bool = False,
     reduction: str = "none",
 ) -> Array:
     """KL(target || model) from log-probabilities of the model. From logits: `softmax_kl_divergence`.
 
-    loss = sum_j q_j (log q_j - log_probs_j) with q = target_probs; 0 log 0 = 0; "mean" is
+    loss = sum_j q_j (log q_j - log_probs_j) with q = target_probs; 0 log 0 = 0. Of measures, which need not sum to
+    1, the generalized one: sum_j q_j (log q_j - log_probs_j) - q_j + exp(log_probs_j). "mean" is
     sum(where w loss) / sum(where w) over rows, not over elements.
 
     Args:
       log_probs: `[..., V]`, floating point.
-      target_probs: `[..., V]`, floating point in [0, 1]. That a row sums to 1 is not checked.
+      target_probs: `[..., V]`, floating point in [0, 1]; if generalized, >= 0. That a row sums to 1 is not
+        checked.
       axis: the class axis.
       where: bool `[...]`; False rows are gone, even if they hold NaN.
-      weights: real `[...]`; a row of weight 0 is gone as well.
+      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN.
+      generalized: of measures; never negative, and 0 only where both are the same.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Divergences `[...]`, or a scalar, in nats; float32 (float64 for float64 log_probs).
 
     Gradients:
-      -q with respect to log_probs, in their dtype; log q - log_probs + 1 with respect to target_probs. Where
-      q = 0 the latter's log q + 1, and an infinite log_probs, count as 0. All derivatives in both modes.
+      -q with respect to log_probs, in their dtype; log q - log_probs + 1 with respect to target_probs; if
+      generalized, p - q and log q - log_probs. Where q = 0 log q + 1, and an infinite log_probs, count as 0. With
+      respect to a weight, also one of 0, the loss (0 where it is not finite). All derivatives in both modes.
 
     Numerics:
       Rounding leaves about 1e-7 |log p|, of either sign: near 0 use `softmax_kl_divergence`, which is
-      accurate and never negative there. q > 0 where the model has -inf gives +inf. A row with q outside [0,
-      1] or a NaN has NaN loss and NaN gradient, others are clean. Masked rows contribute exactly 0.
+      accurate and never negative there. Generalized it is accurate as far as p = exp(log_probs) is: an error of
+      1e-7 in p - q, near 0 too. q > 0 where the model has -inf gives +inf. A q up to 16 ulp above 1 is taken as
+      1. A row with q out of range or a NaN has NaN loss and NaN gradient, others are clean. Masked rows
+      contribute exactly 0.
 
     Cost:
       One pass over N x V.
 
     Raises:
       TypeError: integer log_probs or target_probs; a mask that is not bool.
-      ValueError: shapes that differ; nothing is broadcast.
+      ValueError: shapes that differ (nothing is broadcast), NumPy targets out of range. Those in a jax array
+        raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -275,7 +307,7 @@ def kl_divergence(
       0.6931472
 
     Source:
-      torch.nn.functional.kl_div, whose "batchmean" is "mean" here.
+      torch.nn.functional.kl_div, whose "batchmean" is "mean" here; optax.losses.generalized_kl_divergence.
     """
     function = "kl_divergence"
     if np.shape(target_probs) != np.shape(log_probs) or not contracts.is_floating(target_probs):
@@ -283,13 +315,56 @@ def kl_divergence(
         remedy = "For class indices use `nll_loss`."
         what = "the shape of `log_probs`"
         contracts.check_shape(function, "target_probs", target_probs, np.shape(log_probs), what, remedy)
-    x, _, q, counts, weights = _rows(
-        function, "log_probs", log_probs, target_probs, axis, where, None, weights, reduction, hidden=0
+    targets = MEASURE if generalized else PROBABILITIES
+    rows = _rows(
+        function, "log_probs", log_probs, target_probs, axis, where, None, weights, reduction, targets
     )
-    poison = _nan_unless(jnp.all(_is_probability(q), -1))[..., None]
-    x, q = x * poison, q * poison
-    loss = jnp.sum(q * (jnp.log(jnp.where(q == 0, 1, q)) - limit(q, x)), -1)
-    return reduce(loss, counts, weights, reduction)
+
+    def loss(x: Array, _: Array | None, q: Array | None) -> Array:
+        x = widen(x)
+        bad = (jnp.isnan(x) | ~targets.ok(q)).any(-1)
+        q = q.astype(x.dtype) if generalized else probability(q, x.dtype)
+        x, q = _poisoned(bad, x), _poisoned(bad, q)
+        log_q = jnp.log(jnp.where(q == 0, 1, q))
+        if not generalized:
+            return jnp.sum(q * (log_q - limit(q, x)), -1)
+        return jnp.sum(_generalized(q, log_q, x), -1)
+
+    return _reduce(loss, rows, 0, reduction)
+
+
+def _generalized(q: Array, log_q: Array, x: Array) -> Array:
+    """q (log q - x) - q + p with p = exp(x), which is >= 0.
+
+    Where p and q are close nothing is taken from anything: with s = (p - q) / (p + q), log(q / p) = -2 artanh(s) and
+    the whole is s (p - q) - 2 q (s^3 / 3 + s^5 / 5 + ...).
+    """
+    p = jnp.exp(x)
+    near = jnp.abs(p - q) < (p + q) / 4
+    a, b = jnp.where(near, p, 1), jnp.where(near, q, 1)
+    s = (a - b) / (a + b)
+    series = jnp.zeros_like(s)
+    for n in range(27, 1, -2):
+        series = series * s * s + 1 / n
+    far = q * (log_q - limit(q, x)) + (p - q)
+    return jnp.where(near, s * (a - b) - 2 * b * s**3 * series, far)
+
+
+class _Rows(NamedTuple):
+    """Checked arguments, class axis last; a bad label is -1."""
+
+    values: Array
+    label: Array | None
+    distribution: Array | None
+    where: Array | None
+    weights: Array | None
+
+
+# What a distribution may hold. Cross-entropy is linear in it, whatever it sums to.
+REMEDY = "Hide a row with `where=`."
+NUMBERS = contracts.Values(lambda q: q == q, "a number", REMEDY)
+PROBABILITIES = contracts.Values(is_probability, "in [0, 1]", REMEDY)
+MEASURE = contracts.Values(lambda q: (q >= 0) & (q < math.inf), "finite and >= 0", REMEDY)
 
 
 def _rows(
@@ -302,12 +377,8 @@ def _rows(
     ignore_index: int | None,
     weights: Any,
     reduction: str,
-    hidden: float,
-) -> tuple[Array, Array | None, Array | None, Array | None, Array | None]:
-    """Checked arguments as (values, label, distribution, counts, weights), class axis last.
-
-    A row that does not count holds `hidden` and label 0; a row with a bad label holds NaN and label -1.
-    """
+    targets: contracts.Values | None = None,
+) -> _Rows:
     contracts.check_reduction(function, reduction)
     contracts.check_logits(function, values, axis, argument)
     has_index = contracts.check_labels(function, labels, values, axis)
@@ -316,37 +387,56 @@ def _rows(
         ok = has_index and isinstance(ignore_index, int | np.integer)
         expected = "an int beside integer labels"
         contracts.check_option(function, "ignore_index", ignore_index, ok, expected, remedy)
-    x = widen(jnp.moveaxis(jnp.asarray(values), axis, -1))
-    counts, weights_in_force = row_weights(function, x.shape[:-1], where, weights, argument)
+    x = jnp.moveaxis(jnp.asarray(values), axis, -1)
+    raw, classes = (where, weights), x.shape[-1]
+    where, weights = row_weights(function, x.shape[:-1], where, weights, argument)
+    mask = contracts.host_mask(*raw)
+    sharding = sharding_of(x)
+    where, weights = (split_as(sharding, ROWS, a) for a in (where, weights))
+    seen = visible(where, weights)
     if not has_index:
-        q = jnp.moveaxis(jnp.asarray(labels), axis, -1).astype(x.dtype)
-        return _keep_rows(counts, x, hidden), None, _keep_rows(counts, q, 0), counts, weights_in_force
+        name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
+        rows = list(np.shape(labels))
+        rows[axis] = 1
+        mask = None if mask is None else mask.reshape(rows)
+        q = contracts.check_host_values(function, name, labels, targets, mask)
+        q = split_as(sharding, ALL, jnp.moveaxis(q, axis, -1))
+        seen = None if seen is None else jnp.expand_dims(seen, axis)
+        contracts.debug_check_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
+        return _Rows(x, None, q, where, weights)
 
-    mask = contracts.host_mask(where, weights)
-    labels, ignored = contracts.index_labels(function, labels, x.shape[-1], mask, ignore_index)
+    label, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
+    label = split_as(sharding, ROWS, label)
     if ignored is not None:
-        counts = ~ignored if counts is None else counts & ~ignored
-    labels = keep(counts, labels)
-    ok = (labels >= 0) & (labels < x.shape[-1])
-    contracts.debug_check_labels(function, ok, labels, x.shape[-1])
-    x = _keep_rows(counts, x, hidden) * _nan_unless(ok)[..., None]
-    return x, jnp.where(ok, labels, -1).astype(jnp.int32), None, counts, weights_in_force
+        ignored = split_as(sharding, ROWS, ignored)
+        where, seen = both(where, ~ignored), both(seen, ~ignored)
+    ok = (label >= 0) & (label < classes)
+    contracts.debug_check_labels(function, ok if seen is None else ok | ~seen, label, classes)
+    return _Rows(x, jnp.where(ok, label, -1).astype(jnp.int32), None, where, weights)
 
 
-def _keep_rows(counts: Array | None, x: Array, hidden: float) -> Array:
-    return x if counts is None else keep(counts[..., None], x, hidden)
+def _reduce(
+    loss: Callable[[Array, Array | None, Array | None], Array],
+    rows: _Rows,
+    hidden: float,
+    reduction: str,
+    label_weight: Array | None = None,
+) -> Array:
+    """`loss` of rows, of which those that do not count hold `hidden` and a distribution of 0."""
+
+    def losses(counts: Array | None) -> Array:
+        counts = None if counts is None else counts[..., None]
+        q = rows.distribution
+        return loss(keep(counts, rows.values, hidden), rows.label, q if q is None else keep(counts, q))
+
+    return reduce_counting(losses, rows.where, rows.weights, reduction, label_weight)
 
 
 def _select(x: Array, label: Array) -> Array:
     """x[..., label] without a gather, which a split class axis would not bear; a bad label takes class 0."""
-    label = jnp.maximum(label, 0)
-    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == label[..., None], x, 0), -1)
+    return jnp.sum(jnp.where(lanes(x) == jnp.maximum(label, 0)[..., None], x, 0), -1)
 
 
-def _is_probability(x: Array) -> Array:
-    return (x >= 0) & (x <= 1)
-
-
-def _nan_unless(ok: Array) -> Array:
-    """A factor: NaN poisons the value and, by the product rule, the gradient."""
-    return jnp.where(ok, 1, jnp.nan)
+def _poisoned(bad: Array, x: Array) -> Array:
+    """NaN in a row that is bad, and in its gradient."""
+    return x * nan_unless(~bad)[..., None]

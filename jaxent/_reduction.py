@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -29,6 +30,21 @@ def row_weights(function: str, shape: tuple[int, ...], where, weights, argument_
     contracts.check_shape(function, "weights", weights, shape, what, remedy)
     weights = jnp.asarray(weights)
     return where, weights.astype(accumulation_dtype(weights.dtype))
+
+
+def elements(
+    function: str, argument: str, x: Any, labels: Any, where: Any, weights: Any, sharding: Any
+) -> tuple[Array, Array | None, Array | None]:
+    """(labels, where, weights) of elements `x`, each a yes/no: checked, and split as they are."""
+    shape = np.shape(x)
+    contracts.check_binary_labels(function, labels, shape, argument)
+    raw = where, weights
+    where, weights = row_weights(function, shape, where, weights, argument)
+    mask = contracts.host_mask(*raw)
+    labels = contracts.check_host_values(function, "labels", labels, contracts.YES_NO, mask)
+    labels, where, weights = (split_as(sharding, ALL, x) for x in (labels, where, weights))
+    contracts.debug_check_values(function, "labels", labels, contracts.YES_NO, visible(where, weights))
+    return labels, where, weights
 
 
 def rows_that_count(
@@ -90,6 +106,23 @@ def reduce(
         return total
     weight = _total_weight(counts, weights, label_weight, losses.shape, losses.dtype, batch_axis_name)
     return divide_or_zero(total, weight)
+
+
+def reduce_counting(
+    losses: Callable[[Array | None], Array],
+    where: Array | None,
+    weights: Array | None,
+    reduction: str,
+    label_weight: Array | None = None,
+) -> Array:
+    """`reduce` of `losses(counts)`, elementwise; what has weight 0 counts if its loss is finite."""
+    counts = rows_that_count(where, weights, lambda: jnp.isfinite(lax.stop_gradient(losses(where))))
+    return reduce(losses(counts), counts, weights, reduction, label_weight)
+
+
+def visible(where: Array | None, weights: Array | None) -> Array | None:
+    """Rows whose labels are checked: neither hidden nor of weight 0."""
+    return where if weights is None else both(where, weights != 0)
 
 
 def scale_of_rows(

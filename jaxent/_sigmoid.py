@@ -15,11 +15,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
-from ._derivatives import with_forward_mode
-from ._numerics import limit, widen
-from ._reduction import keep, reduce, row_weights
+from ._contracts import Number
+from ._derivatives import varying_like, with_forward_mode
+from ._devices import CLASSES, split_as
+from ._logits.explicit import sharding_of
+from ._numerics import accumulation_dtype, as_dtype, limit, nan_unless, over_rows, probability, widen
+from ._reduction import elements, keep, reduce_counting
 
 
+@contracts.takes_arrays
 def sigmoid_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -27,7 +31,7 @@ def sigmoid_cross_entropy(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     reduction: str = "none",
 ) -> Array:
     """Cross-entropy of independent yes/no classes, elementwise (multi-label, or one logit for two classes).
@@ -39,34 +43,37 @@ def sigmoid_cross_entropy(
       logits: `[...]`, floating point; any real number.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       pos_weight: weight of the positive half: a number >= 0, or an array of shape `[]` or `[V]`, the last
         axis.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2.
+      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, pos_weight and
-      weights are differentiable as well (for labels it is -(1 - a) z without a pos_weight). Forward mode and
-      second derivatives work. Where the loss takes 0 * inf as 0, at infinite logits, so does the gradient of
-      the labels.
+      (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, weights and
+      options that are arrays are differentiable as well (for labels it is -(1 - a) z without a pos_weight; the
+      derivative along a weight of 0 is the loss, 0 if that is not finite). Forward mode and second derivatives
+      work. Where the loss takes 0 * inf as 0, at infinite logits, so do the gradients of labels and options.
 
     Numerics:
       Computed in float32 at least. Loss within 4 ulp, gradient within 2e-6 relative to its two terms, also at
       losses of 1e-30. Exact at z = +-inf: 0 for the right label, inf for the wrong one. L(z, 1) == L(-z, 0)
       bit for bit. An element with NaN logit or a bad label has NaN loss and NaN gradient, the others are
-      clean; masked elements contribute exactly 0 to both. A mean over nothing is 0.
+      clean; masked elements contribute exactly 0 to both. A mean over nothing is 0. A float label up to 16 ulp
+      above 1, as sums of probabilities are, is taken as 1. An option that is a jax array makes the loss NaN
+      where it is out of range (of its class, if it is one per class).
 
     Cost:
-      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels.
+      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels. An option
+      that is a Python number is part of the program; an array may change without compiling again.
 
     Raises:
       TypeError: logits that are not floating point; complex labels; a mask that is not bool.
-      ValueError: shapes that differ (nothing is broadcast), an option out of range, or labels outside [0, 1]
-        in a NumPy array. Those in a jax array raise under `checkify.checkify`.
+      ValueError: shapes that differ (nothing is broadcast), an option out of range (a number or a NumPy array),
+        or labels outside [0, 1] in a NumPy array. Those in a jax array raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -77,20 +84,21 @@ def sigmoid_cross_entropy(
     Source:
       torch.nn.BCEWithLogitsLoss for pos_weight.
     """
-    form = _Form(_smoothing("sigmoid_cross_entropy", label_smoothing))
-    return _loss("sigmoid_cross_entropy", form, logits, labels, where, weights, pos_weight, reduction)
+    arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
+    return _loss("sigmoid_cross_entropy", *arguments)
 
 
+@contracts.takes_arrays
 def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    gamma: float = 2.0,
-    alpha: float | None = None,
+    gamma: ArrayLike = 2.0,
+    alpha: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     reduction: str = "none",
 ) -> Array:
     """Focal loss of independent yes/no classes: easy elements are turned down by (1 - p)^gamma.
@@ -101,12 +109,12 @@ def sigmoid_focal_loss(
     Args:
       logits: `[...]`, floating point.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
-      gamma: focusing exponent >= 0; 0 is cross-entropy.
-      alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1].
+      gamma: focusing exponent >= 0; 0 is cross-entropy. A number, or an array `[]`.
+      alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1]. A number, or an array `[]`.
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       pos_weight: a further weight of positives: a number >= 0, or an array of shape `[]` or `[V]`.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2.
+      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean"; the mean divides by the elements, not by the positives of a
         detector.
 
@@ -115,7 +123,7 @@ def sigmoid_focal_loss(
 
     Gradients:
       -(1 - p)^gamma (gamma p (-log p) + 1 - p) at y = 1, mirrored at y = 0, in the logits' dtype. Float
-      labels, pos_weight and weights are differentiable. Forward mode and second derivatives work.
+      labels, weights and options that are arrays are differentiable. Forward mode and second derivatives work.
 
     Numerics:
       As `sigmoid_cross_entropy`; loss and gradient within 2e-6 relative for gamma up to 5, however large |z|,
@@ -139,26 +147,29 @@ def sigmoid_focal_loss(
       label inside the power there.
     """
     function = "sigmoid_focal_loss"
-    contracts.check_number(function, "gamma", gamma, 0, math.inf, "gamma=0 is `sigmoid_cross_entropy`.")
+    gamma = contracts.number(function, "gamma", gamma, 0, math.inf, "gamma=0 is `sigmoid_cross_entropy`.")
     if alpha is not None:
-        contracts.check_number(function, "alpha", alpha, 0, 1, "alpha=None leaves the balance alone.")
-    positive, negative = (1.0, 1.0) if alpha is None else (float(alpha), 1 - float(alpha))
-    smoothing = _smoothing(function, label_smoothing)
-    form = _Form(smoothing, positive, negative, gamma_positive=float(gamma), gamma_negative=float(gamma))
-    return _loss(function, form, logits, labels, where, weights, pos_weight, reduction)
+        remedy = (
+            "Positives weigh alpha, negatives 1 - alpha: one number. For one per class pass "
+            "`pos_weight=alpha / (1 - alpha)` and multiply the losses by `1 - alpha`."
+        )
+        alpha = contracts.number(function, "alpha", alpha, 0, 1, remedy)
+    arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
+    return _loss(function, *arguments, alpha=alpha, gamma_positive=gamma, gamma_negative=gamma)
 
 
+@contracts.takes_arrays
 def sigmoid_asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    gamma_negative: float = 4.0,
-    gamma_positive: float = 1.0,
+    gamma_negative: ArrayLike = 4.0,
+    gamma_positive: ArrayLike = 1.0,
     clip: float = 0.05,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     reduction: str = "none",
 ) -> Array:
     """Asymmetric loss for multi-label problems with many negatives: easy negatives are turned down, then off.
@@ -169,21 +180,21 @@ def sigmoid_asymmetric_loss(
     Args:
       logits: `[...]`, floating point.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
-      gamma_negative: focusing exponent of negatives, >= 0.
-      gamma_positive: focusing exponent of positives, >= 0.
-      clip: negatives with a probability below it are off, in [0, 1).
+      gamma_negative: focusing exponent of negatives, >= 0. A number, or an array `[]`.
+      gamma_positive: focusing exponent of positives, >= 0. A number, or an array `[]`.
+      clip: negatives with a probability below it are off, in [0, 1). A Python number.
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 is gone as well.
+      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
       pos_weight: weight of positives: a number >= 0, or an array of shape `[]` or `[V]`, the last axis.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2.
+      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      Through the powers as well (the authors' code can stop them), in the logits' dtype. Float labels,
-      pos_weight and weights are differentiable. Forward mode and second derivatives work.
+      Through the powers as well (the authors' code can stop them), in the logits' dtype. Float labels, weights
+      and options that are arrays are differentiable. Forward mode and second derivatives work.
 
     Numerics:
       As `sigmoid_focal_loss`, within 4e-6 relative. p - clip is not formed by subtraction, so the loss of a
@@ -207,65 +218,75 @@ def sigmoid_asymmetric_loss(
     """
     function = "sigmoid_asymmetric_loss"
     remedy = "The paper has gamma_negative=4, gamma_positive=1."
-    contracts.check_number(function, "gamma_negative", gamma_negative, 0, math.inf, remedy)
-    contracts.check_number(function, "gamma_positive", gamma_positive, 0, math.inf, remedy)
-    remedy = "It is a probability; 0 turns it off."
+    gamma_negative = contracts.number(function, "gamma_negative", gamma_negative, 0, math.inf, remedy)
+    gamma_positive = contracts.number(function, "gamma_positive", gamma_positive, 0, math.inf, remedy)
+    remedy = "It is a probability, and part of the program: pass `float(clip)` outside jit; 0 turns it off."
     contracts.check_number(function, "clip", clip, 0, 1, remedy)
     contracts.check_option(function, "clip", clip, clip < 1, "in [0, 1)", remedy)
-    smoothing = _smoothing(function, label_smoothing)
-    form = _Form(smoothing, 1.0, 1.0, float(gamma_positive), float(gamma_negative), float(clip))
-    return _loss(function, form, logits, labels, where, weights, pos_weight, reduction)
+    arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
+    clip = float(clip)
+    return _loss(
+        function, *arguments, gamma_positive=gamma_positive, gamma_negative=gamma_negative, clip=clip
+    )
 
 
 class _Form(NamedTuple):
-    label_smoothing: float
-    positive: float = 1.0
-    negative: float = 1.0
-    gamma_positive: float = 0.0
-    gamma_negative: float = 0.0
+    """Floats are part of the program; arrays `[]` (or `[1, ..., V]`) are values in it, and have a derivative."""
+
+    label_smoothing: Number = 0.0
+    positive: Number = 1.0
+    negative: Number = 1.0
+    gamma_positive: Number = 0.0
+    gamma_negative: Number = 0.0
     clip: float = 0.0
-
-
-def _smoothing(function: str, label_smoothing: float) -> float:
-    remedy = "It moves labels towards 1/2."
-    contracts.check_number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
-    return float(label_smoothing)
 
 
 def _loss(
     function: str,
-    form: _Form,
     logits: Any,
     labels: Any,
     where: Any,
     weights: Any,
     pos_weight: Any,
+    label_smoothing: Any,
     reduction: str,
+    *,
+    alpha: Any = None,
+    gamma_positive: Number = 0.0,
+    gamma_negative: Number = 0.0,
+    clip: float = 0.0,
 ) -> Array:
     contracts.check_reduction(function, reduction)
     remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
     contracts.check_floating(function, "logits", logits, remedy)
-    shape = np.shape(logits)
-    contracts.check_binary_labels(function, labels, shape, "logits")
-    counts, row_weight = row_weights(function, shape, where, weights)
-    labels = contracts.check_host_binary_labels(function, labels, contracts.host_mask(where, weights))
-    labels = keep(counts, labels, False)  # False takes any dtype
-    contracts.debug_check_binary_labels(function, (labels >= 0) & (labels <= 1), labels)
-    if pos_weight is not None:
-        pos_weight = widen(_pos_weight(function, pos_weight, shape))
-    losses = _elementwise(form, keep(counts, jnp.asarray(logits)), labels, pos_weight)
-    return reduce(losses, counts, row_weight, reduction)
+    z = jnp.asarray(logits)
+    sharding = sharding_of(z)
+    labels, where, weights = elements(function, "logits", z, labels, where, weights, sharding)
 
-
-def _pos_weight(function: str, pos_weight: Any, shape: tuple[int, ...]) -> Array:
     remedy = "It multiplies the positive half of the loss; for weights of elements use `weights`."
-    if isinstance(pos_weight, int | float):
-        contracts.check_number(function, "pos_weight", pos_weight, 0, math.inf, remedy)
-    contracts.check_real(function, "pos_weight", pos_weight)
-    if not contracts.has_shape(pos_weight, ()):
-        what = "the last axis of `logits`, or a number"
-        contracts.check_shape(function, "pos_weight", pos_weight, shape[-1:], what, remedy)
-    return jnp.asarray(pos_weight)
+    if pos_weight is None:
+        pos_weight = 1.0
+    pos_weight = contracts.number(function, "pos_weight", pos_weight, 0, math.inf, remedy, shape=z.shape[-1:])
+    if not isinstance(pos_weight, float) and pos_weight.ndim:
+        pos_weight = over_rows(split_as(sharding, CLASSES, pos_weight), z.ndim)
+    remedy = "It moves labels towards 1/2."
+    smoothing = contracts.number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
+    alpha, beta = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    dtype = accumulation_dtype(z.dtype)
+    alpha, pos_weight = as_dtype(alpha, dtype), as_dtype(pos_weight, dtype)
+    form = _Form(smoothing, alpha * pos_weight, beta, gamma_positive, gamma_negative, clip)
+    static, values = _apart(as_dtype(x, dtype) for x in form)
+    values = varying_like(z, values)
+
+    def losses(counts: Array | None) -> Array:
+        y = keep(counts, labels, False)  # it takes any dtype
+        return _elementwise(static, keep(counts, z), y, values)
+
+    return reduce_counting(losses, where, weights, reduction)
+
+
+def _off(option: Number) -> bool:
+    return isinstance(option, float) and option == 0
 
 
 @jax.custom_jvp
@@ -286,14 +307,37 @@ def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
     return (p, q, a, b), (p * q * dz, -p * q * dz, -q * dz, p * dz)
 
 
-def _clipped(form: _Form, z: Array, p: Array, q: Array, b: Array) -> tuple[Array, Array, Array, Array]:
-    """u = max(p - clip, 0), -log(1 - u), and where u > 0 also p/u and p q/(1 - u).
+class _Half(NamedTuple):
+    """The loss at the label 1 or 0, unweighted, and its derivatives by z and by its exponent."""
+
+    value: Array
+    slope: Array
+    per_gamma: Array
+
+
+def _halves(form: _Form, z: Array, positive: Array, negative: Array) -> tuple[_Half, _Half]:
+    """yes(z), no(z); 0 where they are infinite and their factor is 0."""
+    p, q, a, b = _sigmoids(z)
+    u, minus_log_u, b_u, lead, rise = _clipped(form, z, p, q, a, b)
+    fall = q
+    if not _off(form.gamma_positive):
+        fall = fall + form.gamma_positive * p * limit(p, a)
+    if not _off(form.gamma_negative):
+        rise = rise + form.gamma_negative * q * limit(q, b_u) * lead
+    easy, hard = _power(q, form.gamma_positive), _power(u, form.gamma_negative)
+    yes = _Half(easy * limit(positive, a), -easy * fall, -easy * limit(b, a) * limit(a, b))
+    per_gamma = -hard * limit(minus_log_u, b_u) * limit(b_u, minus_log_u)
+    return yes, _Half(hard * limit(negative, b_u), hard * rise, per_gamma)
+
+
+def _clipped(form: _Form, z: Array, p: Array, q: Array, a: Array, b: Array) -> tuple[Array, ...]:
+    """u = max(p - clip, 0), -log u, -log(1 - u), and where u > 0 also p/u and p q/(1 - u).
 
     With c = log(clip / (1 - clip)): p - clip = p (1 - clip) (1 - exp(c - z)), where nothing cancels, because
     c = high + low. 1 - u = q + clip.
     """
-    if not form.clip:
-        return p, b, jnp.ones_like(p), p
+    if _off(form.clip):
+        return p, a, b, jnp.ones_like(p), p
     c = Decimal(form.clip).ln() - (1 - Decimal(form.clip)).ln()
     high = np.asarray(float(c), z.dtype)
     low = np.asarray(float(c - Decimal(float(high))), z.dtype)
@@ -301,54 +345,44 @@ def _clipped(form: _Form, z: Array, p: Array, q: Array, b: Array) -> tuple[Array
     u = p * (1 - form.clip) * jnp.maximum(-(e + low * (1 + e)), 0)  # XLA would fold (high - z) + low
     rest = q + form.clip
     off = u == 0
-    return u, jnp.log1p(u / rest), p / jnp.where(off, 1, u), jnp.where(off, 0, p * q / rest)
+    on = jnp.where(off, 1, u)
+    return u, -jnp.log(on), jnp.log1p(u / rest), p / on, jnp.where(off, 0, p * q / rest)
 
 
-def _power(x: Array, gamma: float) -> Array:
-    if gamma.is_integer():
+def _power(x: Array, gamma: Number) -> Array:
+    if isinstance(gamma, float) and gamma.is_integer():
         return x ** int(gamma)
     zero = x == 0  # its derivative is a factor of something that is 0 there
     return jnp.where(zero, 0, jnp.where(zero, 1, x) ** gamma)
 
 
-def _halves(form: _Form, z: Array) -> tuple[Array, Array]:
-    """yes(z), no(z): the loss at the labels 1 and 0, unweighted."""
-    p, q, a, b = _sigmoids(z)
-    u, b, _, _ = _clipped(form, z, p, q, b)
-    return _power(q, form.gamma_positive) * a, _power(u, form.gamma_negative) * b
+def _factors(form: _Form, labels: Array, dtype: Any) -> tuple[Array, Array, Array, Array]:
+    """positive, negative, y' and 1 - y'; NaN where the label is outside [0, 1]."""
+    y, a = probability(labels, dtype), form.label_smoothing
+    yes, no = (y, 1 - y) if _off(a) else ((1 - a) * y + a / 2, (1 - a) * (1 - y) + a / 2)
+    return form.positive * yes, form.negative * no, yes, no
 
 
-def _slopes(form: _Form, z: Array) -> tuple[Array, Array]:
-    """yes'(z), no'(z)."""
-    p, q, a, b = _sigmoids(z)
-    u, b, lead, no = _clipped(form, z, p, q, b)
-    yes = q
-    if form.gamma_positive:
-        yes = yes + form.gamma_positive * p * limit(p, a)
-    if form.gamma_negative:
-        no = no + form.gamma_negative * q * limit(q, b) * lead
-    return -_power(q, form.gamma_positive) * yes, _power(u, form.gamma_negative) * no
+def _apart(form: Any) -> tuple[_Form, _Form]:
+    """The floats, and the arrays."""
+    form = _Form(*form)
+    static = _Form(*(x if isinstance(x, float) else None for x in form))
+    return static, form._replace(**{name: None for name, x in static._asdict().items() if x is not None})
 
 
-def _factors(form: _Form, labels: Array, pos_weight: Array | None, dtype: Any) -> tuple[Array, Array, Array]:
-    """positive, negative (NaN where the label is outside [0, 1]), and y'."""
-    y = labels.astype(dtype)
-    y = jnp.where((y >= 0) & (y <= 1), y, jnp.nan)
-    a = form.label_smoothing
-    yes, no = ((1 - a) * y + a / 2, (1 - a) * (1 - y) + a / 2) if a else (y, 1 - y)
-    weight = 1 if pos_weight is None else pos_weight.astype(dtype)
-    return form.positive * weight * yes, form.negative * no, yes
+def _joined(static: Any, values: Any) -> _Form:
+    return _Form(*(x if value is None else value for x, value in zip(static, values, strict=True)))
 
 
-def _primal(form: _Form, logits: Array, labels: Array, pos_weight: Array | None) -> Array:
-    z = widen(logits)
-    positive, negative, _ = _factors(form, labels, pos_weight, z.dtype)
-    yes, no = _halves(form, z)
-    return positive * limit(positive, yes) + negative * limit(negative, no)
+def _primal(static: _Form, logits: Array, labels: Array, values: _Form) -> Array:
+    form, z = _joined(static, values), widen(logits)
+    positive, negative, *_ = _factors(form, labels, z.dtype)
+    yes, no = _halves(form, z, positive, negative)
+    return positive * yes.value + negative * no.value
 
 
-def _forward(form: _Form, logits: Array, labels: Array, pos_weight: Array | None) -> Any:
-    return _primal(form, logits, labels, pos_weight), (logits, labels, pos_weight)
+def _forward(static: _Form, logits: Array, labels: Array, values: _Form) -> Any:
+    return _primal(static, logits, labels, values), (logits, labels, values)
 
 
 # loss     = positive yes(z) + negative no(z)      positive = α w y',  negative = (1 - α) (1 - y')
@@ -356,37 +390,47 @@ def _forward(form: _Form, logits: Array, labels: Array, pos_weight: Array | None
 # no(z)    = u^γ- b_u                              u = max(p - clip, 0),  1 - u = q + clip,  b_u = -log(1 - u)
 # p' = p q,  q' = -p q,  a' = -q,  u' = p q,  b_u' = p q / (1 - u)  (the latter two 0 where u = 0)
 #
-# yes'(z)  = -q^γ+ (γ+ p a + q)
-# no'(z)   = u^γ- (γ- q b_u p/u + p q / (1 - u))   without clip p/u = 1 and p q / (1 - u) = p
-# dloss/dy = (1 - smoothing) (α w yes(z) - (1 - α) no(z))
+# yes'(z)  = -q^γ+ (γ+ p a + q)                    dyes/dγ+ = -q^γ+ a b
+# no'(z)   = u^γ- (γ- q b_u p/u + p q / (1 - u))   dno/dγ-  = u^γ- b_u log u
+#            without clip p/u = 1 and p q / (1 - u) = p
+# dloss/dy' = α w yes(z) - (1 - α) no(z)           dy'/dy = 1 - smoothing,  dy'/dsmoothing = 1/2 - y
 #            with γ = clip = 0, as a - b = -z:  (α w - (1 - α)) a - (1 - α) z  for z >= 0
 #                                               (α w - (1 - α)) b - α w z      for z < 0
-# dloss/dw = α y' yes(z)
-def _backward(form: _Form, residuals: Any, g: Array) -> Any:
-    logits, labels, pos_weight = residuals
-    z = widen(logits)
-    positive, negative, y = _factors(form, labels, pos_weight, z.dtype)
-    yes, no = _halves(form, z)
-    slope_yes, slope_no = _slopes(form, z)
-    d_logits = (g * (positive * slope_yes + negative * slope_no)).astype(logits.dtype)
+# dloss/d(α w) = y' yes(z)                         dloss/d(1 - α) = (1 - y') no(z)
+def _backward(static: _Form, residuals: Any, g: Array) -> Any:
+    logits, labels, values = residuals
+    form, z = _joined(static, values), widen(logits)
+    positive, negative, y, other = _factors(form, labels, z.dtype)
+    yes, no = _halves(form, z, positive, negative)
+    if all(map(_off, (form.gamma_positive, form.gamma_negative, form.clip))):
+        up = z >= 0
+        d = (form.positive - form.negative) * jnp.where(up, yes.value, no.value)
+        d = d - jnp.where(up, form.negative * limit(negative, z), form.positive * limit(positive, z))
+    else:
+        d = form.positive * yes.value - form.negative * no.value
+    d = d * nan_unless(~jnp.isnan(y))
 
+    def of(value: Any, derivative: Any) -> Any:
+        if value is None:
+            return None
+        rows = tuple(range(z.ndim - 1)) if value.ndim else None
+        return jnp.sum(g * derivative, rows, keepdims=bool(value.ndim))
+
+    tilt = 0.5 - probability(labels, z.dtype)
+    d_values = _Form(
+        label_smoothing=of(values.label_smoothing, tilt * limit(tilt, d)),
+        positive=of(values.positive, y * yes.value),
+        negative=of(values.negative, other * no.value),
+        gamma_positive=of(values.gamma_positive, positive * yes.per_gamma),
+        gamma_negative=of(values.gamma_negative, negative * no.per_gamma),
+        clip=None,
+    )
+    d_logits = (g * (positive * yes.slope + negative * no.slope)).astype(logits.dtype)
     d_labels = None
     if contracts.is_floating(labels):
-        alpha_w = form.positive * (1 if pos_weight is None else pos_weight.astype(z.dtype))
-        if form.gamma_positive or form.gamma_negative or form.clip:
-            d = alpha_w * limit(positive, yes) - form.negative * limit(negative, no)
-        else:
-            up = z >= 0
-            d = (alpha_w - form.negative) * jnp.where(up, yes, no)
-            d = d - jnp.where(up, form.negative * limit(negative, z), alpha_w * limit(positive, z))
-        poison = jnp.where(jnp.isnan(y), y, 1)
-        d_labels = (g * ((1 - form.label_smoothing) * poison * d)).astype(labels.dtype)
-
-    d_weight = None
-    if pos_weight is not None:
-        d_weight = g * (form.positive * y * limit(y, yes))
-        d_weight = d_weight.sum(tuple(range(z.ndim - pos_weight.ndim))).astype(pos_weight.dtype)
-    return d_logits, d_labels, d_weight
+        share = 1 - form.label_smoothing
+        d_labels = (g * (share * limit(share, d))).astype(labels.dtype)
+    return d_logits, d_labels, d_values
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))

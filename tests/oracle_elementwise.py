@@ -3,6 +3,8 @@
 Imports neither jax nor jaxent. Gradients are for a cotangent of 1 per element or row.
 """
 
+import ml_dtypes
+import mpmath as mp
 import numpy as np
 
 LD = np.longdouble
@@ -18,6 +20,13 @@ def limit(weight, x):
     return np.where((weight == 0) & np.isinf(x), LD(0), x)
 
 
+def probability(x):
+    """NaN outside [0, 1]; up to 16 eps of its dtype above 1 is 1."""
+    eps = ml_dtypes.finfo(x.dtype).eps if x.dtype.kind in "fV" else 0
+    x = LD(1) * x
+    return np.where((x >= 0) & (x <= 1 + 16 * LD(eps)), np.minimum(x, 1), LD("nan"))
+
+
 def softplus(z):
     return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
 
@@ -27,7 +36,10 @@ def sigmoid(z):
 
 
 def power(x, gamma):
-    return np.ones_like(x) if gamma == 0 else x ** LD(gamma)
+    """Of a factor of something that is 0 where x is: a step to gamma < 0, of a difference, sees 0 there."""
+    if gamma == 0:
+        return np.ones_like(x)
+    return np.where(x == 0, 0, np.where(x == 0, 1, x) ** LD(gamma))
 
 
 def sigmoid_loss(
@@ -35,9 +47,7 @@ def sigmoid_loss(
 ):
     """loss, dloss/dz, dloss/dy, dloss/dpos_weight."""
     with np.errstate(all="ignore"):
-        z, y, w, s = LD(1) * z, LD(1) * y, LD(1) * pos_weight, LD(label_smoothing)
-        ok = (y >= 0) & (y <= 1)
-        y = np.where(ok, y, LD("nan"))
+        z, y, w, s = LD(1) * z, probability(y), LD(1) * pos_weight, LD(label_smoothing)
         yes, no = (1 - s) * y + s / 2, (1 - s) * (1 - y) + s / 2
         alpha_yes, alpha_no = (LD(1), LD(1)) if alpha is None else (LD(alpha), 1 - LD(alpha))
         p, q, a = sigmoid(z), sigmoid(-z), softplus(-z)
@@ -56,7 +66,7 @@ def sigmoid_loss(
         dy = (1 - s) * (
             product(alpha_yes * w, limit(positive, loss_yes)) - product(alpha_no, limit(negative, loss_no))
         )
-        dy = np.where(ok, dy, np.nan)
+        dy = np.where(np.isnan(y), y, dy)
         dz = np.where(np.isnan(z), z, dz)
         return loss, dz, dy, product(alpha_yes * yes, loss_yes)
 
@@ -92,8 +102,8 @@ def one_hot(labels, classes):
 def categorical_cross_entropy(p, q):
     """-sum q log p over the last axis, and its gradient in p; a row with p outside [0, 1] is NaN."""
     with np.errstate(all="ignore"):
-        p, q = LD(1) * p, LD(1) * q
-        ok = ((p >= 0) & (p <= 1)).all(-1)
+        p, q = probability(p), LD(1) * q
+        ok = ~np.isnan(p).any(-1)
         loss = product(q, -np.log(p)).sum(-1)
         slope = product(q, -1 / p)
         return np.where(ok, loss, np.nan), np.where(ok[..., None], slope, np.nan)
@@ -102,8 +112,8 @@ def categorical_cross_entropy(p, q):
 def binary_cross_entropy(p, y):
     """loss, dloss/dp, dloss/dy."""
     with np.errstate(all="ignore"):
-        p, y = LD(1) * p, LD(1) * y
-        ok = (p >= 0) & (p <= 1) & (y >= 0) & (y <= 1)
+        p, y = probability(p), probability(y)
+        ok = ~np.isnan(p + y)
         a, b = -np.log(p), -np.log1p(-p)
         loss = product(y, a) + product(1 - y, b)
         slope = product(y, -1 / p) + product(1 - y, 1 / (1 - p))
@@ -120,7 +130,24 @@ def nll_loss(log_p, q, class_weights=None):
 def kl_divergence(log_p, q):
     """sum q (log q - log p) over the last axis, and its gradient in log p."""
     with np.errstate(all="ignore"):
-        log_p, q = LD(1) * log_p, LD(1) * q
-        ok = ((q >= 0) & (q <= 1)).all(-1)
+        log_p, q = LD(1) * log_p, probability(q)
+        ok = ~np.isnan(q + log_p).any(-1)
         loss = product(q, np.log(q) - log_p).sum(-1)
         return np.where(ok, loss, np.nan), np.where(ok[..., None], -q, np.nan)
+
+
+def generalized_kl_divergence(log_p, q):
+    """sum q (log q - log p) - q + p over the last axis, with 50 digits; its gradients p - q and log q - log p."""
+
+    def element(x, t):
+        x, t = mp.mpf(float(x)), mp.mpf(float(t))
+        log_ratio = mp.log(t) - x if t else mp.mpf(0)
+        return t * log_ratio - t + mp.exp(x)
+
+    def rounded(x):
+        return LD(mp.nstr(x, 30))
+
+    with mp.workdps(50), np.errstate(all="ignore"):
+        loss = np.vectorize(rounded)(np.vectorize(element, otypes=[object])(log_p, q).sum(-1))
+        p = np.vectorize(lambda x: rounded(mp.exp(mp.mpf(float(x)))))(log_p)
+        return loss, p - LD(1) * q, np.log(LD(1) * q) - LD(1) * log_p

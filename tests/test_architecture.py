@@ -176,6 +176,7 @@ OPTIONS: dict[str, set] = {
     "gamma_negative": {4.0},
     "gamma_positive": {1.0},
     "clip": {0.05},
+    "generalized": {False},
     "alpha": {None},
     "epsilon": {1.0},
     # "mean" for softmax_loss alone: an objective of one's own is asked for its value, not for its rows
