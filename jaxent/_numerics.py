@@ -47,9 +47,13 @@ def is_probability(x: Any) -> Any:
 
 
 def probability(x: Array, dtype: DTypeLike) -> Array:
-    """`x` in `dtype`; NaN, and so is the gradient, where it is none. What is above 1 is 1, with the derivative of x."""
-    ok, x = is_probability(x), x.astype(dtype)
-    return (x - lax.stop_gradient(jnp.where(x > 1, x - 1, 0))) * nan_unless(ok)
+    """`x` in `dtype`, at most 1; NaN, and so is the gradient, where it is none."""
+    return at_most_1(x.astype(dtype)) * nan_unless(is_probability(x))
+
+
+def at_most_1(x: Array) -> Array:
+    """What is above 1 is 1, with the derivative of x."""
+    return x - lax.stop_gradient(jnp.where(x > 1, x - 1, 0))
 
 
 def nan_unless(ok: Array) -> Array:

@@ -17,7 +17,16 @@ from jax.typing import ArrayLike
 from . import _contracts as contracts
 from ._devices import ALL, CLASSES, ROWS, lanes, split_as
 from ._logits.explicit import sharding_of
-from ._numerics import accumulation_dtype, is_probability, limit, nan_unless, over_rows, probability, widen
+from ._numerics import (
+    accumulation_dtype,
+    at_most_1,
+    is_probability,
+    limit,
+    nan_unless,
+    over_rows,
+    probability,
+    widen,
+)
 from ._reduction import both, elements, keep, reduce_counting, row_weights, visible
 
 
@@ -81,10 +90,11 @@ def categorical_cross_entropy(
     rows = _rows(function, "probs", probs, labels, axis, where, None, weights, reduction)
 
     def loss(p: Array, label: Array | None, q: Array | None) -> Array:
+        if label is not None:  # one probability of a row is read, all are looked at
+            bad = ~jnp.all(is_probability(p), -1) | (label < 0)
+            return -jnp.log(at_most_1(_select(_poisoned(bad, widen(p)), label)))
         p = probability(p, accumulation_dtype(p.dtype))
         bad = jnp.isnan(p).any(-1)
-        if label is not None:
-            return -jnp.log(_select(_poisoned(bad | (label < 0), p), label))
         q = q.astype(p.dtype)
         p = _poisoned(bad | jnp.isnan(q).any(-1), p)
         return jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)

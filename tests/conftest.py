@@ -31,3 +31,10 @@ def x64():
     """float64 in jax, for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def as_users_run():
+    """Without strict modes: examples, and what peers promote."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -64,7 +64,7 @@ PER_LOSS = "'none' gives one loss per row."
 NUMBER = "must be a Python number, but is"
 GAMMA = "0 is the cross-entropy; usual is 2."
 EPSILON = "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."
-TEMPERATURE = "1 leaves the logits as they are."
+TEMPERATURE = "It divides both logits: small ones come near the argmax, which has no gradient."
 COUNT = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
 
 # functions, arguments, exception, what follows "jaxent.<function>: "
@@ -207,11 +207,11 @@ ERRORS = {
     ),
     "temperature 0": (
         DIVERGENCES, {"temperature": 0.0}, ValueError,
-        "`temperature` must be positive, but is 0.0. The limit at 0 is the argmax, which has no gradient.",
+        f"`temperature` must be a finite number > 0, but is 0.0. {TEMPERATURE}",
     ),
     "temperature -1": (
         DIVERGENCES, {"temperature": -1}, ValueError,
-        f"`temperature` must be a finite number >= 0, but is -1. {TEMPERATURE}",
+        f"`temperature` must be a finite number > 0, but is -1. {TEMPERATURE}",
     ),
     "ignore_index of a distribution": (
         (*LABELLED, "softmax_loss"), {"labels": Q, "ignore_index": 0}, ValueError,

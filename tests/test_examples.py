@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import confusions
 import digits
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 
 def is_png(path):
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import jax
 import language_model
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 SMALL = ["--files", "40", "--vocabulary", "2000", "--batch", "4", "--length", "32", "--features", "16"]
 
 

@@ -30,8 +30,8 @@ VALUES = {
     "temperature": 2.0,
     "names": ("rank", "log_prob"),
     "reduction": ("none", "sum", "mean"),
-    "class_axis_name": "one",
-    "batch_axis_name": "one",
+    "class_axis_name": "classes",
+    "batch_axis_name": "rows",
 }
 AXES = {"class_axis_name", "batch_axis_name"}
 TAKES_LOGITS = [
@@ -74,7 +74,12 @@ def test_every_option(name, mapped, source):
 
         each = [values | ({} if r is None else {"reduction": r}) for r in reductions]
         if mapped:
-            return [jax.vmap(lambda _, v=v: call(dict(v)), axis_name="one")(jnp.zeros(1)) for v in each]
+
+            def over_both(v):
+                rows = jax.vmap(lambda _: call(dict(v)), axis_name="rows")
+                return jax.vmap(rows, axis_name="classes")(jnp.zeros((1, 1)))
+
+            return [over_both(v) for v in each]
         return [call(v) for v in each]
 
     with harness.blocks(source):

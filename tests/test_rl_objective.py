@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import rl_objective
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 
 def test_a_short_run(tmp_path, capsys):
     out = tmp_path / "rl.png"
