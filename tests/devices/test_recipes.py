@@ -1,6 +1,7 @@
 """docs/sharding.md: which gradients are to be summed, by what factor they are off if not, and what is sent when."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def in_other_words(axes, found):
 
     def right(name, g):
         split = [SIZES[axis] for axis in axes if axis == PARAMETERS[name][0]]
-        return lax.pmean(g, common(axes, name)) / np.prod(split, initial=1)
+        return lax.pmean(g, common(axes, name)) / math.prod(split)
 
     return {source: {name: right(name, g) for name, g in of.items()} for source, of in found.items()}
 
