@@ -165,7 +165,9 @@ def number(
     ok = ((value > low) if above else (value >= low)) & (value <= high) & (value < math.inf)
     if isinstance(value, np.ndarray) and not ok.all():
         check_number(function, argument, value[~ok][0].item(), low, high, remedy, above=above)
-    return jnp.asarray(value) * nan_unless(ok)
+    value = jnp.asarray(value)
+    # of one number the gradient is NaN as well; one per row may be hidden with its row
+    return jnp.where(ok, value, jnp.nan) if value.ndim else value * nan_unless(ok)
 
 
 def is_number(value: Any) -> bool:
@@ -252,6 +254,12 @@ def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
     )
     fail(TypeError, function, "labels", forms, got, remedy)
     raise AssertionError
+
+
+def check_ignore_index(function: str, ignore_index: Any, has_index: bool) -> None:
+    ok = ignore_index is None or (has_index and isinstance(ignore_index, int | np.integer))
+    remedy = "It hides rows by their label; hide rows of a distribution with `where=`."
+    check_option(function, "ignore_index", ignore_index, ok, "an int beside integer labels", remedy)
 
 
 def index_labels(

@@ -245,11 +245,7 @@ def prepare(
     classes = shape[axis]
     rows = tuple(np.delete(shape, axis).tolist())
     has_index = labels is not None and contracts.check_labels(function, labels, logits, axis)
-    if ignore_index is not None:
-        remedy = "It hides rows by their label; hide rows of a distribution with `where=`."
-        usable = has_index and isinstance(ignore_index, int | np.integer)
-        expected = "an int beside integer labels"
-        contracts.check_option(function, "ignore_index", ignore_index, usable, expected, remedy)
+    contracts.check_ignore_index(function, ignore_index, has_index)
     mask = contracts.host_mask(where, weights)
     where, weights = row_weights(function, rows, where, weights)
     if isinstance(logits, LinearLogits):

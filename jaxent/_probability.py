@@ -392,11 +392,7 @@ def _rows(
     contracts.check_reduction(function, reduction)
     contracts.check_logits(function, values, axis, argument)
     has_index = contracts.check_labels(function, labels, values, axis)
-    if ignore_index is not None:
-        remedy = "It hides rows by their label; hide rows of a distribution with `where=`."
-        ok = has_index and isinstance(ignore_index, int | np.integer)
-        expected = "an int beside integer labels"
-        contracts.check_option(function, "ignore_index", ignore_index, ok, expected, remedy)
+    contracts.check_ignore_index(function, ignore_index, has_index)
     x = jnp.moveaxis(jnp.asarray(values), axis, -1)
     raw, classes = (where, weights), x.shape[-1]
     where, weights = row_weights(function, x.shape[:-1], where, weights, argument)
