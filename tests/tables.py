@@ -7,7 +7,12 @@ import pytest
 
 def some(chosen, values):
     """Of the values those that are chosen run by default."""
-    return [pytest.param(x, marks=[] if x in chosen else [pytest.mark.exhaustive]) for x in values]
+
+    def row(x):
+        marks = [] if x in chosen else [pytest.mark.exhaustive]
+        return pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=marks)
+
+    return [row(x) for x in values]
 
 
 def thinned(n, names, *axes, **options):

@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import nn
 
 import harness
 import jaxent
+from tables import thinned
 
 N, V = 3, 5
 SOURCES = ("dense", *harness.LINEAR)
@@ -57,8 +57,7 @@ def expected(name):
     return rows(z, t), slopes, jax.jvp(functools.partial(rows, z), (t,), (dt,))[1]
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", LOSSES)
+@thinned(2, "name, source", LOSSES, SOURCES)
 def test_a_teacher_that_knows_it(name, source):
     z, t, dt = arrays()
 

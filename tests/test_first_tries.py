@@ -11,9 +11,9 @@ from jax.experimental import checkify
 
 import harness
 import jaxent
+from tables import thinned
 
 N, D, V = 6, 3, 7
-in_blocks = pytest.mark.parametrize("source", harness.LINEAR)
 everywhere = pytest.mark.parametrize("source", ("dense", *harness.LINEAR))
 
 
@@ -82,8 +82,7 @@ def test_arrays_by_protocol():
 # Programs for any number of rows.
 
 
-@everywhere
-@pytest.mark.parametrize("rows", ["n", "n, t"])
+@thinned(2, "rows, source", ["n", "n, t"], ("dense", *harness.LINEAR))
 def test_export_for_any_number_of_rows(rows, source):
     _, kernel, _ = arrays()
 
@@ -101,12 +100,12 @@ def test_export_for_any_number_of_rows(rows, source):
     types = [((*shape, D), jnp.float32), (shape, jnp.int32), (shape, jnp.bool_)]
     with harness.blocks(source):
         exported = export.export(jax.jit(f))(*(jax.ShapeDtypeStruct(*x) for x in types))
-    for size in ((5,), (3,)) if rows == "n" else ((2, 3),):
+    for size in [(5,)] if rows == "n" else [(2, 3)]:
         rng = np.random.default_rng(4)
         label = rng.integers(V, size=size).astype(np.int32)
         arguments = np.float32(rng.normal(size=(*size, D))), label, label != 2
         for got, want in zip(
-            jax.tree.leaves(exported.call(*arguments)), jax.tree.leaves(f(*arguments)), strict=True
+            jax.tree.leaves(exported.call(*arguments)), jax.tree.leaves(jax.jit(f)(*arguments)), strict=True
         ):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
@@ -190,9 +189,7 @@ def test_ranks_of_equal_logits(width, monkeypatch):
 # Classes that are out of force hide what they hold.
 
 
-@in_blocks
-@pytest.mark.parametrize("garbage", [np.nan, np.inf])
-@pytest.mark.parametrize("per_row", [False, True])
+@thinned(3, "garbage, per_row, source", [np.nan, np.inf], [False, True], harness.LINEAR)
 def test_garbage_in_hidden_columns(garbage, per_row, source):
     hidden, kernel, label = arrays()
     out = np.arange(V) == 4

@@ -10,6 +10,7 @@ from jax import nn
 
 import harness
 import jaxent
+from tables import thinned
 
 N, D, V = 6, 3, 9
 SOURCES = ("dense", *harness.LINEAR)
@@ -40,8 +41,7 @@ def logits_of(source, hidden, kernel, **options):
     return layer.dense() if source == "dense" else layer
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("option", VALUES)
+@thinned(2, "option, source", VALUES, SOURCES)
 def test_values_are_those_of_numbers(option, source):
     """For each number by one program, as by a program of its own; its derivative is that of finite differences."""
     hidden, kernel, label = arrays()

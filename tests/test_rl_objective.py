@@ -15,6 +15,7 @@ import rl_objective
 pytestmark = pytest.mark.usefixtures("as_users_run")
 
 
+@pytest.mark.exhaustive
 def test_a_short_run(tmp_path, capsys):
     out = tmp_path / "rl.png"
     results = rl_objective.main(["--iterations", "12", "--out", str(out)])

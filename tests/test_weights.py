@@ -9,6 +9,7 @@ import pytest
 
 import harness
 import jaxent
+from tables import thinned
 
 N, D, V = 7, 3, 10
 SOURCES = ("dense", *harness.LINEAR)
@@ -54,8 +55,7 @@ def rows_of(name):
     return jax.jit(jax.vmap(jax.value_and_grad(row)))(hidden, label)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", LOSSES)
+@thinned(2, "name, source", LOSSES, SOURCES)
 def test_the_derivative_by_a_weight_is_the_loss_of_its_row(name, source):
     """Of a row without an answer it is 0; nothing of it is in the loss or in another gradient."""
     hidden, kernel, _ = arrays()
