@@ -146,9 +146,10 @@ def number(
     remedy: str,
     *,
     above: bool = False,
-    shape: tuple[int, ...] = (),
+    rows: tuple[int, ...] = (),
+    classes: tuple[int, ...] = (),
 ) -> Number:
-    """An option as a Python float, or as an array `[]` (or of `shape`) whose values may be known at run time only.
+    """An option as a Python float, or as an array `[]`, of `rows` or of `classes`, known at run time only.
 
     A Python number is checked, and part of the program. An array is a value, checked if it is numpy's; else it is NaN,
     and so are the losses, where it is out of range.
@@ -158,16 +159,16 @@ def number(
         return float(value)  # a numpy float64 would widen float32 under x64
     if not isinstance(value, jax.Array | np.ndarray) or not (is_floating(value) or is_integer(value)):
         fail(TypeError, function, argument, "a number or an array of one", what_came(value), remedy)
-    if not has_shape(value, ()) and not (shape and has_shape(value, shape)):
-        expected = "of shape []" + (f" or {list(shape)}" if shape else "")
+    if not any(has_shape(value, shape) for shape in ((), rows, classes)):
+        expected = " or ".join(["of shape []", *(f"{list(shape)}" for shape in (rows, classes) if shape)])
         fail(ValueError, function, argument, expected, describe(value), remedy)
     value = value.astype(accumulation_dtype(value.dtype))
     ok = ((value > low) if above else (value >= low)) & (value <= high) & (value < math.inf)
     if isinstance(value, np.ndarray) and not ok.all():
         check_number(function, argument, value[~ok][0].item(), low, high, remedy, above=above)
     value = jnp.asarray(value)
-    # of one number the gradient is NaN as well; one per row may be hidden with its row
-    return jnp.where(ok, value, jnp.nan) if value.ndim else value * nan_unless(ok)
+    # its gradient is NaN as well, but one per row may be hidden with its row
+    return jnp.where(ok, value, jnp.nan) if rows and value.shape == rows else value * nan_unless(ok)
 
 
 def is_number(value: Any) -> bool:

@@ -270,7 +270,7 @@ def _divergence(
     rows = tuple(np.delete(shape, axis).tolist())
     remedy = "It divides both logits: small ones come near the argmax, which has no gradient."
     temperature = contracts.number(
-        function, "temperature", temperature, 0, math.inf, remedy, above=True, shape=rows
+        function, "temperature", temperature, 0, math.inf, remedy, above=True, rows=rows
     )
     where, weights = row_weights(function, rows, where, weights)
     if class_mask is not None:

@@ -266,7 +266,9 @@ def _loss(
     remedy = "It multiplies the positive half of the loss; for weights of elements use `weights`."
     if pos_weight is None:
         pos_weight = 1.0
-    pos_weight = contracts.number(function, "pos_weight", pos_weight, 0, math.inf, remedy, shape=z.shape[-1:])
+    pos_weight = contracts.number(
+        function, "pos_weight", pos_weight, 0, math.inf, remedy, classes=z.shape[-1:]
+    )
     if not isinstance(pos_weight, float) and pos_weight.ndim:
         pos_weight = over_rows(split_as(sharding, CLASSES, pos_weight), z.ndim)
     remedy = "It moves labels towards 1/2."

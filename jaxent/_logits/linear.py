@@ -139,7 +139,7 @@ def checked(function: str, logits: LinearLogits, argument: str = "logits") -> Li
     remedy = "1 leaves the logits as they are; the limit at 0 is the argmax, which has no gradient."
     name, rows = f"{argument}.temperature", hidden.shape[:-1]
     temperature = contracts.number(
-        function, name, logits.temperature, 0, math.inf, remedy, above=True, shape=rows
+        function, name, logits.temperature, 0, math.inf, remedy, above=True, rows=rows
     )
     softcap = logits.softcap
     if softcap is not None:
