@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -42,8 +43,10 @@ def is_probability(x: Any) -> Any:
     """In [0, 1]; and up to 16 ulp above 1, to which sums of probabilities round."""
     if x.dtype == bool:
         return x == x
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return (x >= 0) & (x <= (1 + 16 * float(jnp.finfo(x.dtype).eps) if is_float else 1))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return (x >= 0) & (x <= 1)
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # in which jax will hold a float64 of numpy
+    return (x >= 0) & (x <= 1 + 16 * float(jnp.finfo(dtype).eps))
 
 
 def probability(x: Array, dtype: DTypeLike) -> Array:

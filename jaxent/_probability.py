@@ -198,7 +198,7 @@ def nll_loss(
       where: bool `[...]`; False rows are gone, even if they hold NaN or a bad label.
       ignore_index: rows with this integer label are gone as well.
       weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
-      class_weights: real `[V]`; a constant for differentiation. A class of weight 0 is gone as well.
+      class_weights: real `[V]`; a constant for differentiation. Rows with a label of weight 0 are gone as well.
       reduction: "none", "sum" or "mean".
 
     Returns:
@@ -347,17 +347,19 @@ def _generalized(q: Array, log_q: Array, x: Array) -> Array:
     """q (log q - x) - q + p with p = exp(x), which is >= 0.
 
     Where p and q are close nothing is taken from anything: with s = (p - q) / (p + q), log(q / p) = -2 artanh(s) and
-    the whole is s (p - q) - 2 q (s^3 / 3 + s^5 / 5 + ...).
+    the whole is s (p - q) - 2 q (s^3 / 3 + s^5 / 5 + ...). In units of the larger one, which is a constant: squares of
+    small probabilities, which derivatives have, are nothing.
     """
     p = jnp.exp(x)
     near = jnp.abs(p - q) < (p + q) / 4
-    a, b = jnp.where(near, p, 1), jnp.where(near, q, 1)
+    unit = lax.stop_gradient(jnp.where(near, jnp.maximum(p, q), 1))
+    a, b = jnp.where(near, p / unit, 1), jnp.where(near, q / unit, 1)
     s = (a - b) / (a + b)
     series = jnp.zeros_like(s)
     for n in range(27, 1, -2):
         series = series * s * s + 1 / n
     far = q * (log_q - limit(q, x)) + (p - q)
-    return jnp.where(near, s * (a - b) - 2 * b * s**3 * series, far)
+    return jnp.where(near, unit * (s * (a - b) - 2 * b * s**3 * series), far)
 
 
 class _Rows(NamedTuple):
@@ -404,7 +406,7 @@ def _rows(
         name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
         rows = list(np.shape(labels))
         rows[axis] = 1
-        mask = None if mask is None else mask.reshape(rows)
+        mask = None if mask is None else np.reshape(mask, rows)
         q = contracts.check_host_values(function, name, labels, targets, mask)
         q = split_as(sharding, ALL, jnp.moveaxis(q, axis, -1))
         seen = None if seen is None else jnp.expand_dims(seen, axis)

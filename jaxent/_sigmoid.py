@@ -278,7 +278,7 @@ def _loss(
     alpha, pos_weight = as_dtype(alpha, dtype), as_dtype(pos_weight, dtype)
     form = _Form(smoothing, alpha * pos_weight, beta, gamma_positive, gamma_negative, clip)
     static, values = _apart(as_dtype(x, dtype) for x in form)
-    values = varying_like(z, values)
+    z, labels, values = varying_like((z, labels, where, weights, values), (z, labels, values))
 
     def losses(counts: Array | None) -> Array:
         y = keep(counts, labels, False)  # it takes any dtype

@@ -109,3 +109,18 @@ def test_second_derivatives(x64):
     np.testing.assert_allclose(hessian[0][0], np.diag(np.exp(x)), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(hessian[0][1], -np.eye(3), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(hessian[1][1], np.diag(1 / q), rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_of_small_probabilities():
+    """Squares of them are 0 in float32: classes far below the others, which a teacher has as well."""
+    logits = jnp.array([0.0, -50.0, -1.0])
+    q = jax.nn.softmax(logits)
+
+    def of_logits(z):
+        return kl_divergence(jax.nn.log_softmax(z), q, generalized=True)
+
+    assert np.abs(jax.grad(of_logits)(logits)).max() < 1e-15
+    x, q = jnp.array([-60.0]), jnp.exp(jnp.array([-59.9]))
+    by_x, by_q = jax.grad(lambda x, q: kl_divergence(x, q, generalized=True), (0, 1))(x, q)
+    np.testing.assert_allclose(by_x, np.exp(-60.0) - np.float64(q), rtol=1e-3)
+    np.testing.assert_allclose(by_q, 0.1, rtol=1e-4)

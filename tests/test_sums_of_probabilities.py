@@ -55,7 +55,7 @@ def compiled():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_up_to_16_ulp_above_1_are_1(dtype):
     with jax.enable_x64(dtype == np.float64):
-        eps = float(ml_dtypes.finfo(dtype).eps)
+        # a float64 of numpy will be a float32 of jax
         p = np.array([1, 1 + eps, 1 + 2 * eps, 1 + 16 * eps, 1 + 17 * eps, 1.5, np.inf, -eps]).astype(dtype)
         found = compiled()(p, np.full(8, 0.75, dtype))
         for name, of_loss in found.items():
@@ -88,7 +88,8 @@ def test_sums_that_users_have():
 def test_labels_known_on_the_host():
     logits = jnp.zeros(1)
     for dtype in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
-        eps = float(ml_dtypes.finfo(dtype).eps)
+        # a float64 of numpy will be a float32 of jax
+        eps = max(float(ml_dtypes.finfo(dtype).eps), 2.0**-23)
         good, bad = (np.array([1 + n * eps]).astype(dtype) for n in (16, 17))
         for loss in (jaxent.sigmoid_cross_entropy, jaxent.binary_cross_entropy):
             np.testing.assert_array_equal(loss(logits + 0.5, good), loss(logits + 0.5, jnp.ones(1)))
@@ -97,3 +98,18 @@ def test_labels_known_on_the_host():
         np.testing.assert_array_equal(jaxent.kl_divergence(logits, good), 0)
         with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
             jaxent.kl_divergence(logits, bad)
+
+
+def test_sums_that_numpy_has_in_float64():
+    """jax will hold them in float32, whose rounding they have."""
+    above = np.float64(np.nextafter(np.float32(1), np.float32(2)))
+    assert jaxent.kl_divergence(jnp.array([0.0, -jnp.inf]), np.array([above, 0])) == 0
+    assert jaxent.sigmoid_cross_entropy(jnp.float32(1), above) == jaxent.sigmoid_cross_entropy(
+        jnp.float32(1), 1
+    )
+
+
+def test_a_single_row_that_a_python_bool_shows():
+    row = jnp.array([0.5, 0.5])
+    assert jaxent.categorical_cross_entropy(row, row, where=True) > 0
+    assert jaxent.kl_divergence(jnp.log(row), row, where=False) == 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._derivatives import with_forward_mode
+from .._derivatives import varying_like, with_forward_mode
 from .._devices import lanes, spread
 from .._numerics import exp_difference, lowest
 from .._reduction import keep_gradient
@@ -32,7 +32,9 @@ from .._statistics import (
 def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
     """The statistics `names` of rows; the gradient of a row that does not count is exactly 0."""
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
-    found: dict[str, Array] = dict(_real_statistics(real, block, counts)) if real else {}
+    found: dict[str, Array] = {}
+    if real:
+        found |= _real_statistics(real, varying_like((block, counts), block), counts)
     z = lax.stop_gradient(block.wide_logits())
     if "prediction" in names:
         found["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)

@@ -216,3 +216,39 @@ class Variants(chex.TestCase):
         form = FORMS[name]
         got = self.variant(form.rows)(*form.arguments(CLASSES))
         np.testing.assert_allclose(got, expected(name)[0], rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("of_targets", [False, True], ids=["split logits", "split targets"])
+def test_what_all_devices_have_beside_what_each_has(of_targets):
+    """In a shard_map that checks what varies: each gradient varies as its input does."""
+    rng = np.random.default_rng(9)
+    whole = np.float32(rng.uniform(size=(2, 16, 5)))
+    specs = (P(), P("rows")) if of_targets else (P("rows"), P())
+    arrays = [x if spec == P("rows") else x[:2] for x, spec in zip(whole, specs, strict=True)]
+    label = jnp.arange(16) % 5
+    losses = {
+        "sigmoid": lambda z, q, _, **axes: jaxent.mean(
+            jaxent.sigmoid_cross_entropy(z, q), **({"axis_name": "rows"} if axes else {})
+        ),
+        "softmax": lambda z, q, _, **axes: jaxent.softmax_focal_loss(z, q, reduction="mean", **axes),
+        "index": lambda z, q, y, **axes: jaxent.softmax_cross_entropy(
+            z + 0 * q, y, weights=q[:, 0], reduction="mean", **axes
+        ),
+    }
+
+    def step(z, q, y):
+        axes = {"batch_axis_name": "rows"}
+        return [jax.grad(lambda *a, f=f: f(*a, y, **axes), (0, 1))(z, q) for f in losses.values()]
+
+    f = jax.shard_map(step, mesh=mesh(), in_specs=(*specs, P("rows")), out_specs=list([specs] * 3))
+    found = jax.jit(f)(*arrays, label)
+
+    @jax.jit
+    def on_one(z, q):
+        z, q = (jnp.tile(x, (16 // x.shape[0], 1)) for x in (z, q))
+        return [f(z, q, label) for f in losses.values()]
+
+    for i, got in enumerate(found):
+        want = jax.jit(jax.grad(lambda z, q, i=i: on_one(z, q)[i], (0, 1)))(*arrays)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
