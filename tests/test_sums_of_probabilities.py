@@ -55,7 +55,7 @@ def compiled():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_up_to_16_ulp_above_1_are_1(dtype):
     with jax.enable_x64(dtype == np.float64):
-        # a float64 of numpy will be a float32 of jax
+        eps = float(ml_dtypes.finfo(dtype).eps)
         p = np.array([1, 1 + eps, 1 + 2 * eps, 1 + 16 * eps, 1 + 17 * eps, 1.5, np.inf, -eps]).astype(dtype)
         found = compiled()(p, np.full(8, 0.75, dtype))
         for name, of_loss in found.items():
