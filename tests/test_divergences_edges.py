@@ -11,6 +11,7 @@ import harness
 import jaxent
 import oracle
 from harness import difference
+from tables import thinned
 
 NAMES = ("softmax_kl_divergence", "softmax_js_divergence")
 names = pytest.mark.parametrize("name", NAMES)
@@ -158,11 +159,7 @@ def by_temperature(z, t, temperature, gradients):
 # Weights of 0: the derivative by the weight is the loss.
 
 
-@names
-@pytest.mark.parametrize(
-    ("reduction", "source"),
-    [("none", "dense"), ("sum", "dense"), ("mean", "dense"), ("none", "rows"), ("mean", "rows")],
-)
+@thinned(2, "name, reduction, source", NAMES, ["none", "sum", "mean"], ["dense", "rows"])
 def test_weights_of_zero(name, reduction, source):
     z, t = pairs(6, 1.0)
     if source == "dense":  # in a kernel they would be everybody's
@@ -209,8 +206,7 @@ def test_weights_of_zero(name, reduction, source):
 T = F32([0.5, 1, 1.7, 4, 0.25])
 
 
-@names
-@pytest.mark.parametrize("source", ["dense", "rows"])
+@thinned(2, "name, source", NAMES, ["dense", "rows"])
 def test_a_temperature_per_row(name, source):
     z, t = pairs(5, 1.0)
 

@@ -47,6 +47,7 @@ def test_questions_are_about_digits():
     assert len(np.unique(answers, axis=0)) == 10  # ten different rows: the answers name the digit
 
 
+@pytest.mark.exhaustive
 def test_confusions(tmp_path, capsys):
     out = tmp_path / "confusions.png"
     diagnoses = confusions.main(["--out", str(out)])

@@ -23,6 +23,7 @@ def rows(tokens, documents, vocabulary=10, batch=1, length=4):
     return list(language_model.batches(tokens, documents, vocabulary, batch, length))
 
 
+@pytest.mark.exhaustive
 def test_a_short_run_of_both(tmp_path, capsys):
     out = tmp_path / "language_model.png"
     found = language_model.main(

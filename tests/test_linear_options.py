@@ -6,6 +6,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import harness
 import jaxent
@@ -87,6 +88,7 @@ def test_every_option(name, mapped, source):
             assert_same(got, want)
 
 
+@pytest.mark.exhaustive
 def test_divergences_of_a_layer_and_an_array():
     layer, other = layer_of(FLAT), layer_of(FLAT, seed=5)
 

@@ -5,6 +5,6 @@ import covering_run
 from tables import thinned
 
 
-@thinned(2, "table, mode", covering.TABLES, covering.DEVICES["mode"])
+@thinned(4, "table, mode", covering.TABLES, covering.DEVICES["mode"])
 def test_cases(table, mode):
     covering_run.check([case for case in covering.cases(table, placed=True) if case["mode"] == mode], mode)
