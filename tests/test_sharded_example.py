@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tables import some
-
 pytest.importorskip("optax")
 pytest.importorskip("matplotlib")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sharded.py"
@@ -23,7 +21,8 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("processes", some([1], [1, 2]))  # of two there is test_processes.py
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [1, 2])
 def test_two_by_four(processes, cache):
     options = [*SMALL, "--mesh=2x4", f"--processes={processes}", f"--cache={cache}"]
     command = [sys.executable, "-W", "error", str(EXAMPLE), *options]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxent
+from tables import some
 
 N, D, V = 10, 3, 7
 KEY = jax.random.key(5)
@@ -84,7 +85,7 @@ OF_AXES = (
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        *((name, (N,)) for name in FUNCTIONS),
+        *some([(name, (N,)) for name in (*list(MIXING)[::2], *APART)], [(name, (N,)) for name in FUNCTIONS]),
         *(pytest.param(name, (2, 5), marks=pytest.mark.exhaustive) for name in OF_AXES),
     ],
 )

@@ -114,7 +114,7 @@ def cut(x, shape):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("case", some(cases.HALF, cases.CASES), ids=str)
+@pytest.mark.parametrize("case", some(cases.HALF[-2:], cases.CASES), ids=str)
 def test_losses(case, source):
     built, cotangent, wanted = test_gradients.wanted(case, "float32")
     want = test_values.LOSSES[case.loss](built.logits, built.labels, **built.options)
