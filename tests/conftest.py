@@ -13,6 +13,8 @@ if jax.__version_info__ < (0, 11):  # later ones may not know it, and XLA ends w
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads wait for work by spinning
+
 # What equinox and others promise: nothing is broadcast over ranks, or promoted to another dtype, but on purpose.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

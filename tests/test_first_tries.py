@@ -41,11 +41,10 @@ class Param:
 
 
 def test_arrays_by_protocol():
-    hidden, kernel, label = arrays()
-    probs = jax.nn.softmax(hidden @ kernel)
-
-    def everything(a):
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=harness.QUICK)
+    def everything(a, hidden, kernel, label):
         """`a` makes an argument of what the library is to take."""
+        probs = jax.nn.softmax(hidden @ kernel)
         layer = jaxent.LinearLogits(a(hidden), a(kernel), a(jnp.ones(V)), temperature=a(jnp.float32(2)))
         logits = a(hidden @ kernel)
         rows = {"where": a(label > 1), "weights": a(jnp.arange(1.0, 1 + N))}
@@ -73,10 +72,12 @@ def test_arrays_by_protocol():
             jaxent.mean(a(jnp.ones(N)), **rows),
         ]
 
-    for got, want in zip(everything(Param), everything(lambda x: x), strict=True):
-        assert (got == want).all()
+    for got, want in zip(everything(Param, *arrays()), everything(lambda x: x, *arrays()), strict=True):
+        np.testing.assert_array_equal(got, want)
+    hidden, kernel, label = map(Param, arrays())  # and as they are
+    assert jaxent.softmax_cross_entropy(jaxent.LinearLogits(hidden, kernel), label).shape == (N,)
     with pytest.raises(TypeError, match="must be an array, but is a list"):
-        jaxent.softmax_cross_entropy(hidden @ kernel, [0] * N)
+        jaxent.softmax_cross_entropy(jnp.zeros((N, V)), [0] * N)
 
 
 # Programs for any number of rows.
@@ -227,12 +228,12 @@ def test_garbage_in_hidden_columns(garbage, per_row, source):
     [((2, 5, 3, 4), (2, 3, 4), 1), ((5, 2, 3), (2, 3), 0), ((2, 3, 5), (2, 5), 1)],
 )
 def test_a_class_axis_that_was_not_named(shape, labels, axis):
-    f = jaxent.softmax_cross_entropy
+    f, logits, labels = jaxent.softmax_cross_entropy, np.zeros(shape), np.zeros(labels, int)
     with pytest.raises(
         ValueError, match=f"If the classes are on axis {axis} of the logits, pass `axis={axis}`"
     ):
-        f(jnp.zeros(shape), jnp.zeros(labels, int))
-    assert f(jnp.zeros(shape), jnp.zeros(labels, int), axis=axis).shape == labels
+        f(logits, labels)
+    assert jax.eval_shape(functools.partial(f, axis=axis), logits, labels).shape == labels.shape
 
 
 def test_forward_mode_of_results_per_row():

@@ -41,7 +41,7 @@ def logits_of(source, hidden, kernel, **options):
     return layer.dense() if source == "dense" else layer
 
 
-@thinned(2, "option, source", VALUES, SOURCES)
+@thinned(3, "option, source", VALUES, SOURCES)
 def test_values_are_those_of_numbers(option, source):
     """For each number by one program, as by a program of its own; its derivative is that of finite differences."""
     hidden, kernel, label = arrays()
@@ -139,8 +139,7 @@ def reference(hidden, kernel, options):
     return z / (t[:, None] if t.ndim else t)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@thinned(2, "source, reduction", SOURCES, ["mean", "none"])
 def test_layers(source, reduction):
     """Losses and all gradients, with rows and classes that do not count and hold NaN."""
     hidden, kernel, label = arrays()
