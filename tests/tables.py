@@ -17,13 +17,20 @@ def some(chosen, values):
 
 def thinned(n, names, *axes, **options):
     """parametrize by all combinations; one in n runs by default, and each value in some of them."""
+    rows, chosen = combinations(n, *axes)
+    return pytest.mark.parametrize(names, some(chosen, rows), ids=str, **options)
+
+
+def spread(n, names, *axes, **options):
+    """Those alone that `thinned` runs by default: where tests/covering.py has the others, in smaller programs."""
+    return pytest.mark.parametrize(names, combinations(n, *axes)[1], ids=str, **options)
+
+
+def combinations(n, *axes):
+    """All, and one in n."""
     axes = [list(axis) for axis in axes]
     others = sum(map(len, axes)) - max(map(len, axes)) - len(axes) + 1
     assert n <= 1 + others, "some value would never have its turn"
-
-    def row(at):
-        marks = [pytest.mark.exhaustive] if sum(at) % n else []
-        return pytest.param(*(axis[i] for axis, i in zip(axes, at, strict=True)), marks=marks)
-
-    rows = map(row, itertools.product(*map(range, map(len, axes))))
-    return pytest.mark.parametrize(names, list(rows), ids=str, **options)
+    places = list(itertools.product(*map(range, map(len, axes))))
+    rows = [tuple(axis[i] for axis, i in zip(axes, at, strict=True)) for at in places]
+    return rows, [row for row, at in zip(rows, places, strict=True) if sum(at) % n == 0]

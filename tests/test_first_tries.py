@@ -11,7 +11,7 @@ from jax.experimental import checkify
 
 import harness
 import jaxent
-from tables import thinned
+from tables import spread, thinned
 
 N, D, V = 6, 3, 7
 everywhere = pytest.mark.parametrize("source", ("dense", *harness.LINEAR))
@@ -190,7 +190,7 @@ def test_ranks_of_equal_logits(width, monkeypatch):
 # Classes that are out of force hide what they hold.
 
 
-@thinned(3, "garbage, per_row, source", [np.nan, np.inf], [False, True], harness.LINEAR)
+@spread(3, "garbage, per_row, source", [np.nan, np.inf], [False, True], harness.LINEAR)
 def test_garbage_in_hidden_columns(garbage, per_row, source):
     hidden, kernel, label = arrays()
     out = np.arange(V) == 4

@@ -16,7 +16,7 @@ import test_gradients
 import test_values
 from jaxent._logits import sources
 from layers import F32, assert_same, compiled, in_blocks
-from tables import thinned
+from tables import combinations, some, spread, thinned
 
 ROUNDING = {"float64": 1.1e-16, "float32": 6e-8, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 
@@ -39,14 +39,16 @@ def check(case, dtype, source, quick=True):
             assert (g[np.asarray(w) == 0] == 0).all()
 
 
-@thinned(2, "case, source", cases.CASES, harness.LINEAR)
+ALL, ONCE = combinations(2, cases.CASES, harness.LINEAR)
+
+
+@pytest.mark.parametrize(("case", "source"), some(ONCE[::3], ALL), ids=str)
 def test_float32(case, source):
     check(case, "float32", source)
 
 
 @pytest.mark.exhaustive
-@in_blocks
-@pytest.mark.parametrize("case", cases.PLAIN + cases.CONFIDENT, ids=str)
+@spread(2, "case, source", cases.PLAIN + cases.CONFIDENT, harness.LINEAR)
 def test_float32_as_a_user_compiles_it(case, source):
     check(case, "float32", source, quick=False)
 

@@ -11,7 +11,7 @@ import pytest
 import harness
 import jaxent
 from layers import ADVANTAGE, F32, FLAGS, FLAT, OLD, assert_same, compiled, layer_of
-from tables import thinned
+from tables import spread
 
 VALUES = {
     "labels": np.array([3, 10, 0, 99, 5, 1, 7], np.int32),
@@ -47,7 +47,7 @@ def test_the_functions_that_take_logits():
     assert softmax == set(TAKES_LOGITS) - {"diagnose"}
 
 
-@thinned(3, "name, mapped, source", sorted(set(TAKES_LOGITS) - {"diagnose"}), [False, True], harness.LINEAR)
+@spread(3, "name, mapped, source", sorted(set(TAKES_LOGITS) - {"diagnose"}), [False, True], harness.LINEAR)
 def test_every_option(name, mapped, source):
     """Mapped: over an axis of one device; of many: devices/."""
     f = getattr(jaxent, name)

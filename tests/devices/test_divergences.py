@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import harness
 import jaxent
 from programs import collectives, matmul_operations
-from tables import some, thinned
+from tables import some, spread
 
 N, D, V = 12, 5, 48
 SPECS = (P("rows"), P(None, "classes"), P("rows"), P(None, "classes"))
@@ -86,7 +86,7 @@ def test_without_check_vma(name, sources):
     check(got, expected(name, "mean", False))
 
 
-@thinned(3, "name, reduction, split", NAMES, ["mean", "none"], SPLIT)
+@spread(3, "name, reduction, split", NAMES, ["mean", "none"], SPLIT)
 def test_jit(name, reduction, split):
     """With no keyword."""
     kind, sources = split

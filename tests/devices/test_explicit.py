@@ -82,13 +82,8 @@ ASKED = (
     ("rows", "logits only", False),
     ("rows", "like fully sharded data", True),
     ("classes", "rows", True),
-    ("dense", "rows", True),
     ("dense", "both", True),
     ("dense", "in one place", True),
-    ("dense", "logits only", False),
-    ("rows", "rows", True),
-    ("rows", "logits only", True),
-    ("classes", "logits only", True),
     ("classes", "logits only", False),
 )
 
