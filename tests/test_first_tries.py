@@ -111,6 +111,34 @@ def test_export_for_any_number_of_rows(rows, source):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["softmax_kl_divergence", "softmax_js_divergence"])
+@pytest.mark.parametrize("source", ["rows", "dense"])
+def test_export_of_divergences_for_any_number_of_rows(name, source):
+    """In blocks of rows that leave a remainder; of a layer and an array, and of two layers."""
+    kernel = arrays()[1]
+
+    def losses(hidden, where, reduction):
+        layer = jaxent.LinearLogits(hidden, kernel)
+        other = logits_of(source, jnp.sin(hidden), kernel)
+        return getattr(jaxent, name)(layer, other, where=where, reduction=reduction)
+
+    def f(hidden, where):
+        by_hidden = jax.value_and_grad(functools.partial(losses, reduction="mean"))(hidden, where)
+        return losses(hidden, where, "none"), by_hidden
+
+    n = export.symbolic_shape("n")
+    types = jax.ShapeDtypeStruct((*n, D), jnp.float32), jax.ShapeDtypeStruct(n, jnp.bool_)
+    with harness.blocks("rows"):
+        exported = export.export(jax.jit(f))(*types)
+    for size in (1, 7):
+        hidden = np.float32(np.random.default_rng(size).normal(size=(size, D)))
+        arguments = hidden, np.arange(size) != 2
+        for got, want in zip(
+            jax.tree.leaves(exported.call(*arguments)), jax.tree.leaves(jax.jit(f)(*arguments)), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
 # Functions of statistics.
 
 

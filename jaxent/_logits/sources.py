@@ -111,7 +111,8 @@ def by_blocks_of_rows(
     block_bytes = devices.known * min(layer.block_bytes for layer in layers)
     itemsize = max(layer.dtype.itemsize for layer in layers)
     groups = math.prod(layout.groups)
-    size = rows_of_a_block(layout.number, groups * layers[0].shape[-1], block_bytes, itemsize, arrays)
+    number = layout.number if is_known(layout.number) else ROWS_UNKNOWN
+    size = rows_of_a_block(number, groups * layers[0].shape[-1], block_bytes, itemsize, arrays)
     counts, rows, weights = layout.apart((counts, rows, weights))
     layers = tuple(replace(x, layout.apart(of_rows(x))) for x in layers)
     mask = layout.apart(class_mask) if class_mask is not None and class_mask.ndim > 1 else class_mask
