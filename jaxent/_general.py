@@ -146,7 +146,8 @@ def softmax_statistics(
     Numerics:
       As `softmax_cross_entropy`: `log_prob` and `entropy` are accurate for confident rows. A bad label makes
       the real fields of its row NaN and its rank V. Of several largest logits the first is the prediction; a logit that
-      equals the label's does not count for its rank.
+      equals the label's does not count for its rank. (Equal columns of a kernel give equal logits, but in the
+      last block of classes, if it is narrower: they may be a rounding apart.)
 
     Cost:
       Two passes over the logits for `log_prob`, about one more for each other field in `names`. `LinearLogits`: 1

@@ -22,7 +22,7 @@ def thinned(n, names, *axes, **options):
 
 
 def spread(n, names, *axes, **options):
-    """Those alone that `thinned` runs by default: where tests/covering.py has the others, in smaller programs."""
+    """Those alone that `thinned` runs by default: each value in some, where other tests have the combinations."""
     return pytest.mark.parametrize(names, combinations(n, *axes)[1], ids=str, **options)
 
 

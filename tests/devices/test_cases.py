@@ -113,9 +113,8 @@ def cut(x, shape):
     return x[tuple(map(slice, shape))]
 
 
-EACH_ONCE = [
-    (case, SOURCES[i % 2]) for i, case in enumerate(cases.CASES)
-]  # on one device, each in every form
+# each case from one of both; on one device from all
+EACH_ONCE = [(case, SOURCES[i % 2]) for i, case in enumerate(cases.CASES)]
 
 
 @pytest.mark.parametrize(("case", "source"), some(EACH_ONCE[-4:], EACH_ONCE), ids=str)

@@ -14,7 +14,7 @@ import jaxent
 from jaxent._logits import class_blocks, sources
 from jaxent._logits.plan import Plan
 from programs import collectives
-from tables import spread
+from tables import thinned
 
 D, V = 6, 96
 MESHES = {
@@ -94,12 +94,12 @@ def put(kind, split):
     return jax.device_put((layer, label, options), shardings)
 
 
-@spread(3, "split, kind, source", SPLITS, MESHES, SOURCES, indirect=["source"])
+@thinned(3, "split, kind, source", SPLITS, MESHES, SOURCES, indirect=["source"])
 def test_splits(split, kind, source):
     check_split(split, kind, "mean", source)
 
 
-@spread(3, "split, kind, source", ["both", "sequence"], MESHES, SOURCES, indirect=["source"])
+@thinned(3, "split, kind, source", ["both", "sequence"], MESHES, SOURCES, indirect=["source"])
 def test_results_per_row(split, kind, source):
     check_split(split, kind, "none", source)
 
@@ -120,7 +120,7 @@ def check_split(split, kind, reduction, source):
         assert not any(c.in_loop for c in sent)
 
 
-@spread(3, "kind, mapped, source", MESHES, ["rows", None], SOURCES, indirect=["source"])
+@thinned(3, "kind, mapped, source", MESHES, ["rows", None], SOURCES, indirect=["source"])
 def test_vmap(kind, mapped, source):
     """Over an axis that is split or not; jax refuses a shard_map under a vmap that has taken an axis of its mesh."""
     rng = np.random.default_rng(7)
