@@ -24,7 +24,6 @@ from .._derivatives import (
     varying_like,
     with_forward_mode,
 )
-from .._devices import is_known
 from .._numerics import accumulation_dtype, limit
 from .._reduction import keep
 from .linear import (
@@ -211,7 +210,7 @@ class _Blocks:
         self.number: Any = -(-rows // size)
         self.order = None
         needed = inputs.counts if inputs.needed is None else inputs.needed
-        if needed is not None or not is_known(rows) or rows % size:
+        if needed is not None or rows % size:
             # row numbers from N on fill the last block: copies of some row that are kept out of all results
             self.order = order_of_rows(needed, self.number * size, (rows, *groups))
         if needed is not None and stop:
