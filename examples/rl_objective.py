@@ -5,7 +5,7 @@
 The prompt is a number n; the answer should be n numbers, each larger than the one before, and then the end token.
 The reward of an answer is the share of its n + 1 places that are right, which a program can verify. Rewards are
 compared within a group of answers to one prompt (GRPO); the clipped surrogate of PPO, an entropy bonus and a KL
-penalty to the policy of the start are one function of a row's statistics. At the end this objective is checked
+penalty to the policy of the start are one function of a token's statistics. At the end this objective is checked
 against its dense forms: values, gradients, memory. Curves go to --out.
 
 Shapes: B = P prompts x G answers each, T places of an answer, D features, H hidden units, V tokens.
@@ -126,8 +126,8 @@ def objective(params, entropy_weight, batch, dense=False):
     """The loss, a mean over tokens; `dense` builds the logits, as a check."""
 
     def of_token(s, advantage, old_log_prob, reference_log_prob):
-        # All arguments are [...], one number per token. Nothing here mixes tokens, so that the logits of a block
-        # of tokens, their losses and their gradients are made in one go. What is closed over may be traced.
+        # All arguments are scalars, those of one token: `softmax_loss` maps this over tokens, so that the logits of a
+        # block of them, their losses and their gradients are made in one go. What is closed over may be traced.
         ratio = jnp.exp(s.log_prob - old_log_prob)
         gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * advantage)
         gap = reference_log_prob - s.log_prob

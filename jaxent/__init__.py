@@ -13,7 +13,8 @@ from ._probability import binary_cross_entropy as binary_cross_entropy
 from ._probability import categorical_cross_entropy as categorical_cross_entropy
 from ._probability import kl_divergence as kl_divergence
 from ._probability import nll_loss as nll_loss
-from ._reduction import mean as mean
+from ._rows import mean as mean
+from ._rows import total_weight as total_weight
 from ._sigmoid import sigmoid_asymmetric_loss as sigmoid_asymmetric_loss
 from ._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
 from ._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss

@@ -21,6 +21,7 @@ from ._numerics import accumulation_dtype, is_probability, nan_unless
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 Number = float | Array  # an option: part of the program, or a value in it
+Shape = tuple[int, ...]
 
 REDUCTIONS = ("none", "sum", "mean")
 LABELS_REMEDY = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
@@ -124,30 +125,31 @@ def check_option(function: str, argument: str, value: Any, ok: bool, expected: s
         fail(ValueError, function, argument, expected, repr(value), remedy)
 
 
-def check_number(
-    function: str, argument: str, value: Any, low: float, high: float, remedy: str, *, above: bool = False
-) -> None:
-    """A Python number in [low, high], or (low, high] if it must be `above`; NaN is in no interval."""
+class Range(NamedTuple):
+    """Of an option that is a number: [low, high], or (low, high] if it must be `above`; NaN is in none."""
+
+    low: float
+    high: float
+    remedy: str
+    above: bool = False
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"a finite number {'>' if self.above else '>='} {self.low:g}"
+        return f"in [{self.low:g}, {self.high:g}]"
+
+    def contains(self, x: Any) -> Any:
+        return ((x > self.low) if self.above else (x >= self.low)) & (x <= self.high) & (x < math.inf)
+
+
+def check_number(function: str, argument: str, value: Any, allowed: Range) -> None:
     if not is_number(value):
-        fail(TypeError, function, argument, "a Python number", what_came(value), remedy)
-    expected = (
-        f"a finite number {'>' if above else '>='} {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-    )
-    ok = (low < value if above else low <= value) and value <= high and math.isfinite(value)
-    check_option(function, argument, value, bool(ok), expected, remedy)
+        fail(TypeError, function, argument, "a Python number", what_came(value), allowed.remedy)
+    check_option(function, argument, value, bool(allowed.contains(value)), str(allowed), allowed.remedy)
 
 
 def number(
-    function: str,
-    argument: str,
-    value: Any,
-    low: float,
-    high: float,
-    remedy: str,
-    *,
-    above: bool = False,
-    rows: tuple[int, ...] = (),
-    classes: tuple[int, ...] = (),
+    function: str, argument: str, value: Any, allowed: Range, rows: Shape = (), classes: Shape = ()
 ) -> Number:
     """An option as a Python float, or as an array `[]`, of `rows` or of `classes`, known at run time only.
 
@@ -155,17 +157,17 @@ def number(
     and so are the losses, where it is out of range.
     """
     if is_number(value):
-        check_number(function, argument, value, low, high, remedy, above=above)
+        check_number(function, argument, value, allowed)
         return float(value)  # a numpy float64 would widen float32 under x64
     if not isinstance(value, jax.Array | np.ndarray) or not (is_floating(value) or is_integer(value)):
-        fail(TypeError, function, argument, "a number or an array of one", what_came(value), remedy)
+        fail(TypeError, function, argument, "a number or an array of one", what_came(value), allowed.remedy)
     if not any(has_shape(value, shape) for shape in ((), rows, classes)):
         expected = " or ".join(["of shape []", *(f"{list(shape)}" for shape in (rows, classes) if shape)])
-        fail(ValueError, function, argument, expected, describe(value), remedy)
+        fail(ValueError, function, argument, expected, describe(value), allowed.remedy)
     value = value.astype(accumulation_dtype(value.dtype))
-    ok = ((value > low) if above else (value >= low)) & (value <= high) & (value < math.inf)
+    ok = allowed.contains(value)
     if isinstance(value, np.ndarray) and not ok.all():
-        check_number(function, argument, value[~ok][0].item(), low, high, remedy, above=above)
+        check_number(function, argument, value[~ok][0].item(), allowed)
     value = jnp.asarray(value)
     # its gradient is NaN as well, but one per row may be hidden with its row
     return jnp.where(ok, value, jnp.nan) if rows and value.shape == rows else value * nan_unless(ok)
@@ -281,16 +283,14 @@ def index_labels(
     ignored = np.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
     bad = ((labels < 0) | (labels >= classes)) & ~ignored
     if mask is None or not isinstance(mask, jax.core.Tracer):
-        fail_on_host(function, "labels", labels, bad, mask, f"in [0, {classes})", LABELS_REMEDY)
+        seen = bad if mask is None else bad & np.asarray(mask)
+        _fail_on_host(function, "labels", labels, seen, f"in [0, {classes})", LABELS_REMEDY)
     labels = np.where(bad, -1, np.where(bad | ignored, 0, labels).astype(np.int32))
     return jnp.asarray(labels, jnp.int32), None if ignore_index is None else jnp.asarray(ignored)
 
 
-def fail_on_host(
-    function: str, argument: str, x: np.ndarray, bad: Any, mask: Any, expected: str, remedy: str
-) -> None:
-    """ValueError that names the first bad element that `mask` does not hide."""
-    bad = bad if mask is None else bad & np.asarray(mask)
+def _fail_on_host(function: str, argument: str, x: np.ndarray, bad: Any, expected: str, remedy: str) -> None:
+    """ValueError that names the first bad element."""
     if bad.any():
         index = tuple(int(i) for i in np.argwhere(bad)[0])
         got = f"{x[index]}" + (f" at index {list(index)}" if index else "")
@@ -358,7 +358,8 @@ def check_host_values(function: str, argument: str, x: Any, values: Values, mask
     x = np.asarray(x)
     bad = ~values.ok(x)
     if mask is None or not isinstance(mask, jax.core.Tracer):
-        fail_on_host(function, argument, x, bad, mask, values.expected, values.remedy)
+        seen = bad if mask is None else bad & np.asarray(mask)
+        _fail_on_host(function, argument, x, seen, values.expected, values.remedy)
     return jnp.asarray(np.where(bad, np.asarray(np.nan if is_floating(x) else 2, x.dtype), x))
 
 

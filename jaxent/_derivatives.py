@@ -31,20 +31,20 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     def jvp(static: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
         leaves, treedef = jax.tree.flatten(primals)
         dots = jax.tree.leaves(tangents)
-        moving = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
+        perturbed = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
 
-        def of_moving(moved: list[Any]) -> Any:
-            full = dict(enumerate(leaves)) | dict(zip(moving, moved, strict=True))
+        def of_perturbed(some: list[Any]) -> Any:
+            full = dict(enumerate(leaves)) | dict(zip(perturbed, some, strict=True))
             return _split(rule(static, *jax.tree.unflatten(treedef, list(full.values()))))
 
-        out, vjp, (integers, join) = jax.vjp(of_moving, [leaves[i] for i in moving], has_aux=True)
+        out, vjp, (integers, join) = jax.vjp(of_perturbed, [leaves[i] for i in perturbed], has_aux=True)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def tangent(vjp: Any, dots: list[Any]) -> Any:
             (out_dot,) = jax.linear_transpose(vjp, out)((dots,))
             return out_dot
 
-        dot = tangent(vjp, [varying_like(leaves[i], dots[i]) for i in moving])
+        dot = tangent(vjp, [varying_like(leaves[i], dots[i]) for i in perturbed])
         zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in integers]
         return join(out, integers), join(dot, zeros)
 
@@ -110,7 +110,7 @@ def varying_axes(tree: Any) -> Set[Any]:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Moving:
+class Perturbed:
     """Which leaves of a pytree are differentiated."""
 
     leaves: tuple[bool, ...]
@@ -119,11 +119,11 @@ class Moving:
         return jax.tree.unflatten(jax.tree.structure(like), self.leaves)
 
 
-def values_and_moving(tree: Any) -> tuple[Any, Moving]:
+def values_and_perturbed(tree: Any) -> tuple[Any, Perturbed]:
     """From what a forward rule is given with `symbolic_zeros`."""
     leaves, treedef = jax.tree.flatten(tree)
-    moving = [x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact) for x in leaves]
-    return jax.tree.unflatten(treedef, [x.value for x in leaves]), Moving(tuple(moving))
+    perturbed = [x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact) for x in leaves]
+    return jax.tree.unflatten(treedef, [x.value for x in leaves]), Perturbed(tuple(perturbed))
 
 
 def is_symbolic_zero(x: Any) -> bool:

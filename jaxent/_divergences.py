@@ -1,21 +1,24 @@
 """Information measures of one or two softmax distributions, from logits."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from . import _contracts as contracts
-from ._devices import ALL, CLASSES, ROWS, split_as
+from ._devices import ALL, split_as
 from ._log_ratio import Pair, Static, divergence, divergence_of_layers
 from ._logits.explicit import sharding_of
 from ._logits.linear import LinearLogits, checked
-from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype
-from ._objective import check_class_mask, check_logits, has_answer, objective
-from ._reduction import keep, reduce, row_weights, rows_that_count, scale_of_rows
+from ._objective import check_logits, has_answer, objective, prepare, prepare_class_mask
+from ._rows import AxisName, Options, Rows, keep
 from ._statistics import Block
+
+REMEDY = "It divides both logits: small ones come near the argmax, which has no gradient."
+TEMPERATURE = contracts.Range(0, math.inf, REMEDY, above=True)
 
 
 @contracts.takes_arrays
@@ -68,21 +71,9 @@ def softmax_entropy(
     Source:
       Shannon 1948; as a bonus in policy gradients, Williams and Peng 1991.
     """
-    return objective(
-        "softmax_entropy",
-        lambda s, _: s.entropy,
-        logits,
-        None,
-        axis=axis,
-        where=where,
-        ignore_index=None,
-        weights=weights,
-        class_weights=None,
-        class_mask=class_mask,
-        reduction=reduction,
-        class_axis_name=class_axis_name,
-        batch_axis_name=batch_axis_name,
-    )
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, None, weights, None, class_mask, reduction, *names)
+    return objective(lambda s, _: s.entropy, *prepare("softmax_entropy", logits, None, options))
 
 
 @contracts.takes_arrays
@@ -150,20 +141,9 @@ def softmax_kl_divergence(
     Source:
       Kullback and Leibler 1951; Hinton et al. 2015, "Distilling the knowledge in a neural network".
     """
-    function = "softmax_kl_divergence"
-    return _divergence(
-        function,
-        logits,
-        target_logits,
-        temperature,
-        axis,
-        where,
-        weights,
-        class_mask,
-        reduction,
-        class_axis_name,
-        batch_axis_name,
-    )
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, None, weights, None, class_mask, reduction, *names)
+    return _divergence("softmax_kl_divergence", logits, target_logits, temperature, options)
 
 
 @contracts.takes_arrays
@@ -227,94 +207,52 @@ def softmax_js_divergence(
     Source:
       Lin 1991, "Divergence measures based on the Shannon entropy".
     """
-    function = "softmax_js_divergence"
-    return _divergence(
-        function,
-        logits,
-        target_logits,
-        temperature,
-        axis,
-        where,
-        weights,
-        class_mask,
-        reduction,
-        class_axis_name,
-        batch_axis_name,
-    )
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, None, weights, None, class_mask, reduction, *names)
+    return _divergence("softmax_js_divergence", logits, target_logits, temperature, options)
 
 
 def _divergence(
-    function: str,
-    logits: Array | LinearLogits,
-    target_logits: Array | LinearLogits,
-    temperature: contracts.Number,
-    axis: int,
-    where: Array | None,
-    weights: Array | None,
-    class_mask: Array | None,
-    reduction: str,
-    class_axis_name: AxisName,
-    batch_axis_name: AxisName,
+    function: str, logits: Any, target_logits: Any, temperature: contracts.Number, options: Options
 ) -> Array:
-    contracts.check_reduction(function, reduction)
-    contracts.check_axis_names(function, class_axis_name, batch_axis_name)
+    axis, name = options.axis, options.class_axis_name
     check_logits(function, logits, axis)
     check_logits(function, target_logits, axis, "target_logits")
     shape = np.shape(logits)
-    remedy = "Logits are never broadcast: use `jnp.broadcast_to` if you mean it."
     if np.shape(target_logits) != shape:
-        expected = f"of shape {list(shape)} (that of `logits`)"
-        contracts.fail(
-            ValueError, function, "target_logits", expected, contracts.describe(target_logits), remedy
-        )
-    rows = tuple(np.delete(shape, axis).tolist())
-    remedy = "It divides both logits: small ones come near the argmax, which has no gradient."
-    temperature = contracts.number(
-        function, "temperature", temperature, 0, math.inf, remedy, above=True, rows=rows
-    )
-    where, weights = row_weights(function, rows, where, weights)
-    if class_mask is not None:
-        check_class_mask(function, class_mask, shape, shape[axis])
-        class_mask = jnp.asarray(class_mask)
-        class_mask = class_mask if class_mask.ndim == 1 else jnp.moveaxis(class_mask, axis, -1)
+        remedy = "Logits are never broadcast: use `jnp.broadcast_to` if you mean it."
+        expected, got = f"of shape {list(shape)} (that of `logits`)", contracts.describe(target_logits)
+        contracts.fail(ValueError, function, "target_logits", expected, got, remedy)
+    of_rows = tuple(np.delete(shape, axis).tolist())
+    temperature = contracts.number(function, "temperature", temperature, TEMPERATURE, rows=of_rows)
     z_p, z_q = (
         checked(function, z, argument)
         if isinstance(z, LinearLogits) and z.hidden.size
-        else jnp.moveaxis(_array(z), axis, -1)
+        else jnp.moveaxis(z.dense() if isinstance(z, LinearLogits) else jnp.asarray(z), axis, -1)
         for z, argument in ((logits, "logits"), (target_logits, "target_logits"))
     )
     sharding = sharding_of(z_p, z_q)
     z_p, z_q = (z if isinstance(z, LinearLogits) else split_as(sharding, ALL, z) for z in (z_p, z_q))
-    where, weights = (split_as(sharding, ROWS, x) for x in (where, weights))
-    if class_mask is not None:
-        class_mask = split_as(sharding, CLASSES if class_mask.ndim == 1 else ALL, class_mask)
-    static = Static("kl" if function == "softmax_kl_divergence" else "js", 1.0)
-    of_rows = None
+    rows = Rows.of(function, options, of_rows, sharding)
+    class_mask = prepare_class_mask(rows, shape)
+    static, values = Static("kl" if function == "softmax_kl_divergence" else "js", 1.0), None
     if isinstance(temperature, float):
         static = static._replace(temperature=temperature)
     else:
-        of_rows = split_as(sharding, ROWS, jnp.broadcast_to(temperature, rows))
+        values = rows.split(jnp.broadcast_to(temperature, of_rows))
 
     def have_answers() -> Array:
-        blocks = (Block(z, class_mask=class_mask) for z in (z_p, z_q))
-        of_p, of_q = (split_as(sharding, ROWS, has_answer(block, class_axis_name)) for block in blocks)
-        return of_p & of_q if of_rows is None else of_p & of_q & ~jnp.isnan(of_rows)
+        of_p, of_q = (rows.split(has_answer(Block(z, class_mask=class_mask), name)) for z in (z_p, z_q))
+        return of_p & of_q if values is None else of_p & of_q & ~jnp.isnan(values)
 
-    counts = rows_that_count(where, weights, have_answers)
-    of_rows = None if of_rows is None else keep(counts, of_rows, 1)
-    pair = Pair(z_p, z_q, class_mask, counts, of_rows)
+    rows = rows.with_answers(have_answers)
+    values = None if values is None else keep(rows.counts, values, 1)
+    pair = Pair(z_p, z_q, class_mask, rows.counts, values)
     if not pair.layers:
-        losses = divergence(static, pair, class_axis_name)
-    elif reduction == "none":
-        losses = divergence_of_layers(static, pair, class_axis_name)
+        losses = divergence(static, pair, name)
+    elif options.reduction == "none":
+        losses = divergence_of_layers(static, pair, name)
     else:
-        dtype = accumulation_dtype(z_p.dtype, z_q.dtype)
-        scale = scale_of_rows(counts, weights, reduction, None, rows, dtype, batch_axis_name)
-        total = divergence_of_layers(static, pair, class_axis_name, scale)
-        return total if batch_axis_name is None else lax.psum(total, batch_axis_name)
-    counts = rows_that_count(counts, weights, lambda: jnp.isfinite(losses))
-    return reduce(losses, counts, weights, reduction, batch_axis_name=batch_axis_name)
-
-
-def _array(z: Array | LinearLogits) -> Array:
-    return z.dense() if isinstance(z, LinearLogits) else jnp.asarray(z)
+        scale = rows.scale(accumulation_dtype(z_p.dtype, z_q.dtype))
+        return rows.sum_over_batch(divergence_of_layers(static, pair, name, scale))
+    return rows.with_answers(lambda: jnp.isfinite(losses)).reduce(losses)

@@ -3,21 +3,22 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax import Array, lax
+import jax
+import numpy as np
+from jax import Array
 
 from . import _contracts as contracts
 from ._logits import sources
 from ._logits.linear import LinearLogits
-from ._logits.sharded import AxisName
 from ._objective import objective, prepare
-from ._reduction import keep
+from ._row_function import available_statistics
+from ._rows import AxisName, Options, keep
 from ._statistics import SoftmaxStatistics
-from ._tracing import available_statistics
 
 
 @contracts.takes_arrays
 def softmax_loss(
-    fn: Callable[..., Array],
+    fn: Callable[..., Any],
     logits: Array | LinearLogits,
     labels: Array | None,
     *row_args: Any,
@@ -27,38 +28,41 @@ def softmax_loss(
     weights: Array | None = None,
     class_mask: Array | None = None,
     reduction: str = "mean",
+    has_aux: bool = False,
     class_axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
-) -> Array:
-    """The general softmax loss: any function of a row's statistics, `fn(statistics, *row_args)`.
+) -> Any:
+    """The general softmax loss: any function of one row's statistics, `fn(statistics, *row_args)`.
 
         loss = sum(weights * fn(statistics, *row_args)) / sum(weights)      over the rows that count
 
     Args:
-      fn: maps `SoftmaxStatistics` with fields `[...]` (and the row arguments) to losses `[...]`. Any jax
-        function; it is traced beforehand to see which statistics it reads, and only those are computed.
+      fn: maps the `SoftmaxStatistics` of one row, whose fields are scalars, and that row's arguments to a scalar; or,
+        with `has_aux`, to `(loss, aux)`. Any jax function: `jax.vmap` applies it to all rows. It is traced beforehand
+        to see which statistics it reads, and only those are computed.
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or None: then no field that needs a label.
-      *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs. Where a row does
-        not count `fn` sees 0 instead, and the statistics of a row of equal logits. An array of another leading shape
-        is passed as it is; better close over what is no row argument, a table may have as many entries as there are
-        rows.
+      *row_args: arrays (or pytrees of them) `[..., *anything]`, e.g. advantages, old log-probs, random keys; `fn` gets
+        `[*anything]`. Where a row does not count it sees 0 instead, and the statistics of a row of equal logits. What
+        all rows share, `fn` closes over.
       axis: the class axis.
       where: bool `[...]`; a False row is gone.
       ignore_index: rows with this integer label are gone as well.
       weights: real `[...]`, a factor per row.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
       reduction: "none", "sum" or "mean".
+      has_aux: whether `fn` returns `(loss, aux)`, aux a pytree of arrays: metrics from the same pass.
       class_axis_name: of a mapped axis along which the classes are split.
       batch_axis_name: of a mapped axis along which the rows are split.
 
     Returns:
-      Losses `[...]` or a scalar, in what unit `fn` gives.
+      Losses `[...]` or a scalar, in what unit `fn` gives; with `has_aux` `(losses, aux)`, its leaves `[..., *anything]`
+      of each row, never reduced, 0 in rows that do not count.
 
     Gradients:
       With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in
       forward mode (`LinearLogits` has its limits). One rule for all functions: `fn` is
-      differentiated by jax, the statistics by jaxent.
+      differentiated by jax, the statistics by jaxent. `aux` has no derivative.
 
     Numerics:
       The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
@@ -66,42 +70,50 @@ def softmax_loss(
       gradient if `fn` is singular at row arguments of 0). A row of weight 0 does not count if `fn` is not finite there.
 
     Cost:
-      That of the statistics that `fn` reads. `LinearLogits`: 3 matmuls with gradients, if the loss is reduced and
-      `fn` takes each row by itself; else 4.
+      That of the statistics that `fn` reads. `LinearLogits`: 3 matmuls with gradients if the loss is reduced, else 4.
+      (In a `shard_map` that checks what varies, also 4 if `fn` closes over a traced array that varies less than the
+      rows; `jax.lax.pcast` it.)
 
     Raises:
       TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; an `fn` that does not give one loss per row.
+      ValueError: as `softmax_cross_entropy`; an `fn` that does not give a scalar; a row argument without the shape of
+        the rows in front.
 
     Example:
-      A policy gradient with an entropy bonus:
+      A policy gradient with an entropy bonus, and how often the policy agrees with the action:
 
       >>> import jax.numpy as jnp, jaxent
       >>> def objective(s, advantage):
-      ...     return -advantage * s.log_prob - 0.01 * s.entropy
-      >>> logits, actions = jnp.zeros((2, 4)), jnp.array([3, 1])
-      >>> print(jaxent.softmax_loss(objective, logits, actions, jnp.array([1.0, -1.0])).round(4))
-      -0.0139
+      ...     return -advantage * s.log_prob - 0.01 * s.entropy, s.rank == 0
+      >>> logits, actions, advantages = jnp.eye(2, 4), jnp.array([3, 1]), jnp.array([1.0, -1.0])
+      >>> loss, agrees = jaxent.softmax_loss(objective, logits, actions, advantages, has_aux=True)
+      >>> print(loss.round(4), agrees)
+      0.4867 [False  True]
+
+      What mixes rows stands on `softmax_statistics`. DPO compares the log-probabilities of two answers, sequences of
+      tokens, with those that a reference model gave:
+
+      >>> def dpo(logits, tokens, where, reference, beta=0.1):
+      ...     log_prob = jaxent.softmax_statistics(logits, tokens, where=where, names=("log_prob",)).log_prob
+      ...     chosen, rejected = beta * (log_prob.sum(-1) - reference)  # [2, N]
+      ...     return jaxent.sigmoid_cross_entropy(chosen - rejected, jnp.ones(chosen.shape), reduction="mean")
+      >>> tokens = jnp.array([[[3, 1]], [[2, 2]]])  # chosen and rejected, of one question, two tokens each
+      >>> print(dpo(jnp.zeros((2, 1, 2, 4)), tokens, tokens > 0, jnp.zeros((2, 1))).round(4))
+      0.6931
 
     Source:
-      The narrow waist of jaxent, docs/architecture.md.
+      The narrow waist of jaxent, docs/architecture.md. DPO: Rafailov et al. 2023.
     """
-    return objective(
-        "softmax_loss",
-        lambda s, _, *args: fn(s, *args),
-        logits,
-        labels,
-        *row_args,
-        axis=axis,
-        where=where,
-        ignore_index=ignore_index,
-        weights=weights,
-        class_weights=None,
-        class_mask=class_mask,
-        reduction=reduction,
-        class_axis_name=class_axis_name,
-        batch_axis_name=batch_axis_name,
-    )
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, ignore_index, weights, None, class_mask, reduction, *names)
+    block, rows = prepare("softmax_loss", logits, labels, options)
+    for x in jax.tree.leaves(row_args):
+        contracts.check_array("softmax_loss", "row_args", x)
+        if np.shape(x)[: len(rows.shape)] != rows.shape:
+            expected = f"of shape [{', '.join(map(str, (*rows.shape, '...')))}], one entry per row"
+            remedy = "What all rows share is no row argument: close over it."
+            contracts.fail(ValueError, "softmax_loss", "row_args", expected, contracts.describe(x), remedy)
+    return objective(lambda s, _, *args: fn(s, *args), block, rows, row_args, has_aux)
 
 
 @contracts.takes_arrays
@@ -167,17 +179,17 @@ def softmax_statistics(
       log-prob and entropy in one pass: what policy-gradient training asks of a language model head.
     """
     function = "softmax_statistics"
-    block, counts, _, _ = prepare(
-        function, logits, labels, axis, where, None, None, None, class_mask, class_axis_name
-    )
-    classes = block.logits.shape[-1] * (1 if class_axis_name is None else lax.axis_size(class_axis_name))
+    options = Options(axis, where, class_mask=class_mask, class_axis_name=class_axis_name)
+    block, rows = prepare(function, logits, labels, options)
     available = available_statistics(block)
     if names is not None:
         known = isinstance(names, Sequence) and not isinstance(names, str) and set(names) <= set(available)
         remedy = "Some need (integer) labels."
         contracts.check_option(function, "names", names, known, f"some of {available}", remedy)
     wanted = tuple(name for name in available if names is None or name in names)
-    statistics = sources.statistics(wanted, block, counts, class_axis_name)
-    hidden = {"prediction": -1, "rank": classes}  # neither is a hit
+    statistics = sources.statistics(wanted, block, rows.counts, class_axis_name)
+    hidden = {"prediction": -1, "rank": rows.all_classes(block.logits.shape[-1])}  # neither is a hit
     fields = {name: x for name, x in vars(statistics).items() if x is not None}
-    return SoftmaxStatistics(**{name: keep(counts, x, hidden.get(name, 0)) for name, x in fields.items()})
+    return SoftmaxStatistics(
+        **{name: keep(rows.counts, x, hidden.get(name, 0)) for name, x in fields.items()}
+    )

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec as P
 
-from ._derivatives import instantiate, values_and_moving, varying_like, with_forward_mode
+from ._derivatives import instantiate, values_and_perturbed, varying_like, with_forward_mode
 from ._logits import sources
-from ._logits.explicit import split_of
+from ._logits.explicit import on_each_device, split_of
 from ._logits.linear import LinearLogits
-from ._logits.sharded import AxisName
+from ._logits.row_blocks import Inputs
 from ._numerics import (
     accumulation_dtype,
     divided,
@@ -40,7 +39,7 @@ from ._numerics import (
     product_or_zero,
     subtraction_error,
 )
-from ._reduction import keep, keep_gradient
+from ._rows import AxisName, keep, keep_gradient
 
 ARRAYS = 20  # of the size of a block of logits, that a divergence and its gradients need at a time
 
@@ -67,8 +66,8 @@ class Pair(NamedTuple):
 class Normalizer(NamedTuple):
     """Of one softmax, over all classes."""
 
-    max: Array  # m = max_j z_j, before the temperature; NaN where there is no answer
-    rest: Array  # r = sum_j exp((z_j - m) / T) - 1
+    m: Array  # max_j z_j, before the temperature; NaN where there is no answer
+    r: Array  # sum_j exp((z_j - m) / T) - 1
 
 
 class Whole(NamedTuple):
@@ -94,18 +93,27 @@ def divergence_of_layers(
 ) -> Array:
     """Where one or both are linear: by blocks of rows. With `weights` `[...]` their weighted sum."""
     split = split_of(*pair.layers)
+    specs, name = None, axis_name
     if split is not None:
+        both, mask = (split.of_logits(pair.p), split.of_logits(pair.q)), split.of_mask(pair.class_mask)
+        specs, name = (
+            (Pair(*both, mask, *split.per_row(pair[3:])), split.per_row(weights)),
+            axis_name or split.classes,
+        )
 
-        def on_device(pair: Pair, weights: Array | None) -> Array:
-            found = divergence_of_layers(static, pair, axis_name or split.classes, weights)
-            return found if weights is None else lax.psum(found, split.row_axes)
+    def here(pair: Pair, weights: Array | None) -> tuple[Any, Any]:
+        if name is None:
+            found = _by_blocks(lambda pair, _: divergence(static, pair), pair, None, weights)
+        else:
+            found = _of_split_layers(static, pair, name)
+            found = found if weights is None else jnp.sum(weights * found)
+        return ((), found) if weights is None else (found, ())
 
-        both = split.of_logits(pair.p), split.of_logits(pair.q)
-        specs = Pair(*both, split.of_mask(pair.class_mask), *split.of_rows(pair[3:]))
-        out_specs = P(*split.rows) if weights is None else P()
-        return split.on_each_device(on_device, (specs, split.of_rows(weights)), (pair, weights), out_specs)
-    if axis_name is None:
-        return _by_blocks(lambda pair, _: divergence(static, pair), pair, None, weights)
+    total, losses = on_each_device(here, split, specs, (pair, weights))
+    return losses if weights is None else total
+
+
+def _of_split_layers(static: Static, pair: Pair, axis_name: AxisName) -> Array:
     pair = pair._replace(
         p=pair.p if isinstance(pair.p, LinearLogits) else keep_gradient(pair.counts, pair.p),
         q=pair.q if isinstance(pair.q, LinearLogits) else keep_gradient(pair.counts, pair.q),
@@ -118,8 +126,7 @@ def divergence_of_layers(
     whole = _first(static, pair.temperature, first, axis_name)
     whole = _second(whole, sums(_second_sums, whole), axis_name)
     whole = whole._replace(sums=_add(sums(_third_sums, whole), axis_name))
-    losses = lax.stop_gradient(whole.sums[0]) + _add(_slope_of_layers(static, pair, whole), axis_name)
-    return losses if weights is None else jnp.sum(weights * losses)
+    return lax.stop_gradient(whole.sums[0]) + _add(_slope_of_layers(static, pair, whole), axis_name)
 
 
 def _by_blocks(
@@ -137,8 +144,8 @@ def _by_blocks(
         return f(Pair(p, q, rows[1] if per_row else shared, counts, rows[2]), rows[3]), ()
 
     rows = arrays, mask if per_row else None, pair.temperature, whole
-    shared = None if per_row else mask
-    return sources.by_blocks_of_rows(of_block, ARRAYS, pair.layers, pair.counts, rows, shared, mask, weights)
+    inputs = Inputs(pair.layers, pair.counts, rows, None if per_row else mask, mask)
+    return sources.by_blocks_of_rows(of_block, ARRAYS, inputs, weights)[0]
 
 
 def _add(tree: Any, axis_name: AxisName) -> Any:
@@ -162,23 +169,23 @@ def _normalizer(z: Array, temperature: float | Array) -> Normalizer:
     e = exp_difference(z, jnp.where(m == -jnp.inf, 0, m)[..., None], temperature)
     top = z == m[..., None]
     others = jnp.where(top, e - lax.stop_gradient(e), e)  # without the largest, but with its derivative
-    rest = jnp.sum(others, -1) + (jnp.sum(top, -1, dtype=z.dtype) - 1)
-    return Normalizer(m, jnp.where(m == -jnp.inf, -1, rest))
+    r = jnp.sum(others, -1) + (jnp.sum(top, -1, dtype=z.dtype) - 1)
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
 
 
 def _first(
     static: Static, temperature: Array | None, sums: tuple[Normalizer, ...], axis_name: AxisName
 ) -> Whole:
     def of_all(here: Normalizer) -> Normalizer:
-        m, rest = lax.stop_gradient(here.max), here.rest
+        m, r = lax.stop_gradient(here.m), here.r
         if axis_name is not None:
-            own, m = m, lax.pmax(m, axis_name)
-            holds = own == m
+            local_m, m = m, lax.pmax(m, axis_name)
+            holds = local_m == m
             by = static.temperature if temperature is None else temperature.astype(m.dtype)
-            rest = jnp.where(holds, rest, product_or_zero(exp_difference(own, m, by), 1 + rest))
-            rest, holders = lax.psum((rest, holds.astype(m.dtype)), axis_name)
-            rest += holders - 1
-        return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), rest)
+            r = jnp.where(holds, r, product_or_zero(exp_difference(local_m, m, by), 1 + r))
+            r, holders = lax.psum((r, holds.astype(m.dtype)), axis_name)
+            r += holders - 1
+        return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), r)
 
     of_p, of_q = map(of_all, sums)
     return Whole(of_p, of_q, None, ())
@@ -225,11 +232,11 @@ def _temperature(static: Static, pair: Pair, dtype: Any) -> float | Array:
 
 def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
     """p and log p, 0 where p is exactly 0; NaN rows where there is no answer."""
-    m, rest = of.max[..., None], of.rest[..., None]
+    m, r = of.m[..., None], of.r[..., None]
     least = lowest(z.dtype) / 4 * jnp.minimum(temperature, 1)
     log_e = divided(jnp.maximum(z - m, least), temperature)
-    log_p = jnp.where(z == -jnp.inf, 0, log_e - jnp.log1p(rest))
-    return exp_difference(z, m, temperature) / (1 + rest), log_p
+    log_p = jnp.where(z == -jnp.inf, 0, log_e - jnp.log1p(r))
+    return exp_difference(z, m, temperature) / (1 + r), log_p
 
 
 def _near(z_p: Array, z_q: Array, temperature: float | Array, whole: Whole) -> tuple[Array, Array]:
@@ -237,7 +244,7 @@ def _near(z_p: Array, z_q: Array, temperature: float | Array, whole: Whole) -> t
     on = (z_p != -jnp.inf) & (z_q != -jnp.inf)
     z_p, z_q = jnp.where(on, z_p, 0), jnp.where(on, z_q, 0)
     difference = z_q - z_p
-    u = (difference - (whole.q.max - whole.p.max)[..., None]) + subtraction_error(z_q, z_p, difference)
+    u = (difference - (whole.q.m - whole.p.m)[..., None]) + subtraction_error(z_q, z_p, difference)
     near = on & (jnp.abs(u) < 30 * temperature)
     return divided(jnp.where(near, u, 0), temperature), near
 
@@ -257,7 +264,7 @@ def _log_ratio(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
     ratio = whole.ratio[..., None]
     near &= ratio > -1
     d = jnp.where(near, u - jnp.log1p(jnp.where(ratio > -1, ratio, 0)), far_d)
-    no_answer = (whole.p.max + whole.q.max)[..., None]
+    no_answer = (whole.p.m + whole.q.m)[..., None]
     return p, q, jnp.where(jnp.isnan(no_answer), no_answer, d), log_p, log_q
 
 
@@ -320,13 +327,13 @@ def _slope_primal(static: Static, pair: Pair, whole: Whole) -> Array:
 
 
 def _slope_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:
-    pair, moving = values_and_moving(pair)
-    whole, _ = values_and_moving(whole)
-    return _slope_primal(static, pair, whole), (pair, whole, moving)
+    pair, perturbed = values_and_perturbed(pair)
+    whole, _ = values_and_perturbed(whole)
+    return _slope_primal(static, pair, whole), (pair, whole, perturbed)
 
 
 def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]:
-    pair, whole, moving = residuals
+    pair, whole, perturbed = residuals
     p, q, d, log_p, log_q = _log_ratio(static, pair, whole)
     sums = [x[..., None] for x in whole.sums]
     if static.kind == "kl":
@@ -340,14 +347,14 @@ def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]
     g = instantiate(g)[..., None] / _temperature(static, pair, p.dtype)
     bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
 
-    def gradient(moves: Any, x: Array, like: Any) -> Any:
-        if moves is not True:
+    def gradient(is_perturbed: Any, x: Array, like: Any) -> Any:
+        if is_perturbed is not True:
             return None
         x = keep(None if pair.counts is None else pair.counts[..., None], x * g)
         return (x if like.ndim == pair.p.ndim else x[..., 0]).astype(like.dtype)
 
     slopes = Pair(bar_p, bar_q, None, None, bar_t)
-    return Pair(*map(gradient, moving.tree(pair), slopes, pair)), None
+    return Pair(*map(gradient, perturbed.tree(pair), slopes, pair)), None
 
 
 _rule = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
@@ -360,24 +367,23 @@ def _layers_primal(static: Static, pair: Pair, whole: Whole) -> Array:
 
 
 def _layers_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:
-    pair, moving = values_and_moving(pair)
-    whole, _ = values_and_moving(whole)
-    return _layers_primal(static, pair, whole), (pair, whole, moving)
+    pair, perturbed = values_and_perturbed(pair)
+    whole, _ = values_and_perturbed(whole)
+    return _layers_primal(static, pair, whole), (pair, whole, perturbed)
 
 
 def _layers_backward(static: Static, residuals: Any, g: Any) -> tuple[Any, None]:
-    pair, whole, moving = residuals
+    pair, whole, perturbed = residuals
     leaves, treedef = jax.tree.flatten(pair)
-    moved = [i for i, moves in enumerate(moving.leaves) if moves]
+    indices = [i for i, is_perturbed in enumerate(perturbed.leaves) if is_perturbed]
 
-    def of_moving(some: list[Array]) -> Array:
-        full = dict(enumerate(leaves)) | dict(zip(moved, some, strict=True))
-        return _by_blocks(
-            functools.partial(_slope, static), jax.tree.unflatten(treedef, list(full.values())), whole
-        )
+    def of_perturbed(some: list[Array]) -> Array:
+        full = dict(enumerate(leaves)) | dict(zip(indices, some, strict=True))
+        pair = jax.tree.unflatten(treedef, list(full.values()))
+        return _by_blocks(functools.partial(_slope, static), pair, whole)
 
-    _, vjp = jax.vjp(of_moving, [leaves[i] for i in moved])
-    gradients = dict(zip(moved, *vjp(instantiate(g)), strict=True))
+    _, vjp = jax.vjp(of_perturbed, [leaves[i] for i in indices])
+    gradients = dict(zip(indices, *vjp(instantiate(g)), strict=True))
     return jax.tree.unflatten(treedef, [gradients.get(i) for i in range(len(leaves))]), None
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
-from ._devices import ALL, CLASSES, ROWS, lanes, split_as
+from ._devices import ALL, lanes, split_as
 from ._logits.explicit import sharding_of
 from ._numerics import (
     accumulation_dtype,
@@ -27,7 +27,7 @@ from ._numerics import (
     probability,
     widen,
 )
-from ._reduction import both, elements, keep, reduce_counting, row_weights, visible
+from ._rows import Options, Rows, keep
 
 
 @contracts.takes_arrays
@@ -87,7 +87,8 @@ def categorical_cross_entropy(
       tf.keras.losses.CategoricalCrossentropy, which clips at 1e-7.
     """
     function = "categorical_cross_entropy"
-    rows = _rows(function, "probs", probs, labels, axis, where, None, weights, reduction)
+    options = Options(axis, where, None, weights, reduction=reduction)
+    batch, rows = _prepare(function, "probs", probs, labels, options)
 
     def loss(p: Array, label: Array | None, q: Array | None) -> Array:
         if label is not None:  # one probability of a row is read, all are looked at
@@ -99,7 +100,7 @@ def categorical_cross_entropy(
         p = _poisoned(bad | jnp.isnan(q).any(-1), p)
         return jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)
 
-    return _reduce(loss, rows, 1, reduction)
+    return _reduce(loss, batch, rows, 1)
 
 
 @contracts.takes_arrays
@@ -154,10 +155,11 @@ def binary_cross_entropy(
       torch.nn.BCELoss, which clamps the logarithms at -100.
     """
     function = "binary_cross_entropy"
-    contracts.check_reduction(function, reduction)
     contracts.check_floating(function, "probs", probs, "Pass probabilities as floats.")
     x = jnp.asarray(probs)
-    given, mask, factors = elements(function, "probs", x, labels, where, weights, sharding_of(x))
+    options = Options(where=where, weights=weights, reduction=reduction)
+    rows = Rows.of(function, options, x.shape, sharding_of(x), "probs")
+    given = rows.binary_labels(labels, "probs")
 
     def losses(counts: Array | None) -> Array:
         dtype = accumulation_dtype(x.dtype)
@@ -171,7 +173,7 @@ def binary_cross_entropy(
         no = -jnp.where(low, jnp.log1p(-jnp.where(low, p, 0)), jnp.log(1 - jnp.where(low, 0, p)))
         return y * yes + (1 - y) * no
 
-    return reduce_counting(losses, mask, factors, reduction)
+    return rows.reduce_finite(losses)
 
 
 @contracts.takes_arrays
@@ -234,30 +236,28 @@ def nll_loss(
       torch.nn.functional.nll_loss, with its class-weighted mean.
     """
     function = "nll_loss"
-    rows = _rows(function, "log_probs", log_probs, labels, axis, where, ignore_index, weights, reduction)
-    x, label, factors, label_weight = rows.values, rows.label, None, None
-    if class_weights is not None:
-        contracts.check_real(function, "class_weights", class_weights)
-        remedy = "For weights of rows use `weights`."
-        shape = x.shape[-1:]
-        contracts.check_shape(function, "class_weights", class_weights, shape, "one per class", remedy)
-        factors = split_as(sharding_of(x), CLASSES, lax.stop_gradient(jnp.asarray(class_weights)))
-        factors = over_rows(factors.astype(accumulation_dtype(x.dtype)), x.ndim)
-        if label is not None:
-            label_weight = jnp.where(label < 0, 1, _select(factors, label))  # a bad label counts
-            rows = rows._replace(where=both(rows.where, label_weight != 0))
+    options = Options(axis, where, ignore_index, weights, class_weights, None, reduction)
+    batch, rows = _prepare(function, "log_probs", log_probs, labels, options)
+    x = batch.values
+    factors = rows.class_weights(x.shape[-1])
+    if factors is not None:
+        factors = factors.astype(accumulation_dtype(x.dtype))
+        if batch.label is not None:
+            rows = rows.weigh_labels(factors, batch.label)
+            rows = rows.only(rows.label_weight != 0)
+        factors = over_rows(factors, x.ndim)
 
     def loss(x: Array, label: Array | None, q: Array | None) -> Array:
         x = widen(x)
         if label is not None:
             loss = -_select(_poisoned(label < 0, x), label)
-            return loss if label_weight is None else label_weight * loss
+            return loss if rows.label_weight is None else rows.label_weight * loss
         q = q.astype(x.dtype)
         x = _poisoned((jnp.isnan(x) | jnp.isnan(q)).any(-1), x)
         q = q if factors is None else q * factors
         return jnp.sum(q * -limit(q, x), -1)
 
-    return _reduce(loss, rows, 0, reduction, label_weight)
+    return _reduce(loss, batch, rows, 0)
 
 
 @contracts.takes_arrays
@@ -326,9 +326,8 @@ def kl_divergence(
         what = "the shape of `log_probs`"
         contracts.check_shape(function, "target_probs", target_probs, np.shape(log_probs), what, remedy)
     targets = MEASURE if generalized else PROBABILITIES
-    rows = _rows(
-        function, "log_probs", log_probs, target_probs, axis, where, None, weights, reduction, targets
-    )
+    options = Options(axis, where, None, weights, reduction=reduction)
+    batch, rows = _prepare(function, "log_probs", log_probs, target_probs, options, targets)
 
     def loss(x: Array, _: Array | None, q: Array | None) -> Array:
         x = widen(x)
@@ -340,7 +339,7 @@ def kl_divergence(
             return jnp.sum(q * (log_q - limit(q, x)), -1)
         return jnp.sum(_generalized(q, log_q, x), -1)
 
-    return _reduce(loss, rows, 0, reduction)
+    return _reduce(loss, batch, rows, 0)
 
 
 def _generalized(q: Array, log_q: Array, x: Array) -> Array:
@@ -362,14 +361,12 @@ def _generalized(q: Array, log_q: Array, x: Array) -> Array:
     return jnp.where(near, unit * (s * (a - b) - 2 * b * s**3 * series), far)
 
 
-class _Rows(NamedTuple):
+class _Batch(NamedTuple):
     """Checked arguments, class axis last; a bad label is -1."""
 
     values: Array
     label: Array | None
     distribution: Array | None
-    where: Array | None
-    weights: Array | None
 
 
 # What a distribution may hold. Cross-entropy is linear in it, whatever it sums to.
@@ -379,65 +376,46 @@ PROBABILITIES = contracts.Values(is_probability, "in [0, 1]", REMEDY)
 MEASURE = contracts.Values(lambda q: (q >= 0) & (q < math.inf), "finite and >= 0", REMEDY)
 
 
-def _rows(
+def _prepare(
     function: str,
     argument: str,
     values: Any,
     labels: Any,
-    axis: int,
-    where: Any,
-    ignore_index: int | None,
-    weights: Any,
-    reduction: str,
+    options: Options,
     targets: contracts.Values | None = None,
-) -> _Rows:
-    contracts.check_reduction(function, reduction)
+) -> tuple[_Batch, Rows]:
+    """`targets`: what target_probs may hold; None where there are labels."""
+    axis = options.axis
     contracts.check_logits(function, values, axis, argument)
     has_index = contracts.check_labels(function, labels, values, axis)
-    contracts.check_ignore_index(function, ignore_index, has_index)
+    contracts.check_ignore_index(function, options.ignore_index, has_index)
     x = jnp.moveaxis(jnp.asarray(values), axis, -1)
-    raw, classes = (where, weights), x.shape[-1]
-    where, weights = row_weights(function, x.shape[:-1], where, weights, argument)
-    mask = contracts.host_mask(*raw)
-    sharding = sharding_of(x)
-    where, weights = (split_as(sharding, ROWS, a) for a in (where, weights))
-    seen = visible(where, weights)
-    if not has_index:
-        name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
-        rows = list(np.shape(labels))
-        rows[axis] = 1
-        mask = None if mask is None else np.reshape(mask, rows)
-        q = contracts.check_host_values(function, name, labels, targets, mask)
-        q = split_as(sharding, ALL, jnp.moveaxis(q, axis, -1))
-        seen = None if seen is None else jnp.expand_dims(seen, axis)
-        contracts.debug_check_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
-        return _Rows(x, None, q, where, weights)
-
-    label, ignored = contracts.index_labels(function, labels, classes, mask, ignore_index)
-    label = split_as(sharding, ROWS, label)
-    if ignored is not None:
-        ignored = split_as(sharding, ROWS, ignored)
-        where, seen = both(where, ~ignored), both(seen, ~ignored)
-    ok = (label >= 0) & (label < classes)
-    contracts.debug_check_labels(function, ok if seen is None else ok | ~seen, label, classes)
-    return _Rows(x, jnp.where(ok, label, -1).astype(jnp.int32), None, where, weights)
+    rows = Rows.of(function, options, x.shape[:-1], sharding_of(x), argument)
+    if has_index:
+        label, rows = rows.class_labels(labels, x.shape[-1])
+        return _Batch(x, label, None), rows
+    name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
+    per_row = list(np.shape(labels))
+    per_row[axis] = 1
+    mask, seen = rows.host_mask, rows.seen
+    mask = None if mask is None else np.reshape(mask, per_row)
+    q = contracts.check_host_values(function, name, labels, targets, mask)
+    q = split_as(rows.sharding, ALL, jnp.moveaxis(q, axis, -1))
+    seen = None if seen is None else jnp.expand_dims(seen, axis)
+    contracts.debug_check_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
+    return _Batch(x, None, q), rows
 
 
 def _reduce(
-    loss: Callable[[Array, Array | None, Array | None], Array],
-    rows: _Rows,
-    hidden: float,
-    reduction: str,
-    label_weight: Array | None = None,
+    loss: Callable[[Array, Array | None, Array | None], Array], batch: _Batch, rows: Rows, hidden: float
 ) -> Array:
     """`loss` of rows, of which those that do not count hold `hidden` and a distribution of 0."""
 
     def losses(counts: Array | None) -> Array:
-        counts = None if counts is None else counts[..., None]
-        q = rows.distribution
-        return loss(keep(counts, rows.values, hidden), rows.label, q if q is None else keep(counts, q))
+        q = batch.distribution
+        return loss(keep(counts, batch.values, hidden), batch.label, q if q is None else keep(counts, q))
 
-    return reduce_counting(losses, rows.where, rows.weights, reduction, label_weight)
+    return rows.reduce_finite(losses)
 
 
 def _select(x: Array, label: Array) -> Array:

@@ -15,12 +15,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
-from ._contracts import Number
+from ._contracts import Number, Range
 from ._derivatives import varying_like, with_forward_mode
 from ._devices import CLASSES, split_as
 from ._logits.explicit import sharding_of
 from ._numerics import accumulation_dtype, as_dtype, limit, nan_unless, over_rows, probability, widen
-from ._reduction import elements, keep, reduce_counting
+from ._rows import Options, Rows, keep
 
 
 @contracts.takes_arrays
@@ -84,8 +84,8 @@ def sigmoid_cross_entropy(
     Source:
       torch.nn.BCEWithLogitsLoss for pos_weight.
     """
-    arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
-    return _loss("sigmoid_cross_entropy", *arguments)
+    options = Options(where=where, weights=weights, reduction=reduction)
+    return _loss("sigmoid_cross_entropy", logits, labels, options, (pos_weight, label_smoothing), _Form())
 
 
 @contracts.takes_arrays
@@ -147,15 +147,18 @@ def sigmoid_focal_loss(
       label inside the power there.
     """
     function = "sigmoid_focal_loss"
-    gamma = contracts.number(function, "gamma", gamma, 0, math.inf, "gamma=0 is `sigmoid_cross_entropy`.")
+    remedy = "gamma=0 is `sigmoid_cross_entropy`."
+    gamma = contracts.number(function, "gamma", gamma, Range(0, math.inf, remedy))
+    form = _Form(gamma_positive=gamma, gamma_negative=gamma)
     if alpha is not None:
         remedy = (
             "Positives weigh alpha, negatives 1 - alpha: one number. For one per class pass "
             "`pos_weight=alpha / (1 - alpha)` and multiply the losses by `1 - alpha`."
         )
-        alpha = contracts.number(function, "alpha", alpha, 0, 1, remedy)
-    arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
-    return _loss(function, *arguments, alpha=alpha, gamma_positive=gamma, gamma_negative=gamma)
+        alpha = contracts.number(function, "alpha", alpha, Range(0, 1, remedy))
+        form = form._replace(positive=alpha, negative=1 - alpha)
+    options = Options(where=where, weights=weights, reduction=reduction)
+    return _loss(function, logits, labels, options, (pos_weight, label_smoothing), form)
 
 
 @contracts.takes_arrays
@@ -217,17 +220,15 @@ def sigmoid_asymmetric_loss(
       Ridnik et al., Asymmetric Loss For Multi-Label Classification, 2021.
     """
     function = "sigmoid_asymmetric_loss"
-    remedy = "The paper has gamma_negative=4, gamma_positive=1."
-    gamma_negative = contracts.number(function, "gamma_negative", gamma_negative, 0, math.inf, remedy)
-    gamma_positive = contracts.number(function, "gamma_positive", gamma_positive, 0, math.inf, remedy)
+    exponent = Range(0, math.inf, "The paper has gamma_negative=4, gamma_positive=1.")
+    gamma_negative = contracts.number(function, "gamma_negative", gamma_negative, exponent)
+    gamma_positive = contracts.number(function, "gamma_positive", gamma_positive, exponent)
     remedy = "It is a probability, and part of the program: pass `float(clip)` outside jit; 0 turns it off."
-    contracts.check_number(function, "clip", clip, 0, 1, remedy)
+    contracts.check_number(function, "clip", clip, Range(0, 1, remedy))
     contracts.check_option(function, "clip", clip, clip < 1, "in [0, 1)", remedy)
-    arguments = (logits, labels, where, weights, pos_weight, label_smoothing, reduction)
-    clip = float(clip)
-    return _loss(
-        function, *arguments, gamma_positive=gamma_positive, gamma_negative=gamma_negative, clip=clip
-    )
+    form = _Form(gamma_positive=gamma_positive, gamma_negative=gamma_negative, clip=float(clip))
+    options = Options(where=where, weights=weights, reduction=reduction)
+    return _loss(function, logits, labels, options, (pos_weight, label_smoothing), form)
 
 
 class _Form(NamedTuple):
@@ -242,49 +243,36 @@ class _Form(NamedTuple):
 
 
 def _loss(
-    function: str,
-    logits: Any,
-    labels: Any,
-    where: Any,
-    weights: Any,
-    pos_weight: Any,
-    label_smoothing: Any,
-    reduction: str,
-    *,
-    alpha: Any = None,
-    gamma_positive: Number = 0.0,
-    gamma_negative: Number = 0.0,
-    clip: float = 0.0,
+    function: str, logits: Any, labels: Any, options: Options, common: tuple[Any, Any], form: Any
 ) -> Array:
-    contracts.check_reduction(function, reduction)
+    """`common` are pos_weight and label_smoothing, as they came."""
     remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
     contracts.check_floating(function, "logits", logits, remedy)
     z = jnp.asarray(logits)
-    sharding = sharding_of(z)
-    labels, where, weights = elements(function, "logits", z, labels, where, weights, sharding)
+    rows = Rows.of(function, options, z.shape, sharding_of(z))
+    labels = rows.binary_labels(labels, "logits")
 
+    pos_weight, smoothing = common
     remedy = "It multiplies the positive half of the loss; for weights of elements use `weights`."
-    if pos_weight is None:
-        pos_weight = 1.0
-    pos_weight = contracts.number(
-        function, "pos_weight", pos_weight, 0, math.inf, remedy, classes=z.shape[-1:]
-    )
+    allowed = Range(0, math.inf, remedy)
+    pos_weight = 1.0 if pos_weight is None else pos_weight
+    pos_weight = contracts.number(function, "pos_weight", pos_weight, allowed, classes=z.shape[-1:])
     if not isinstance(pos_weight, float) and pos_weight.ndim:
-        pos_weight = over_rows(split_as(sharding, CLASSES, pos_weight), z.ndim)
-    remedy = "It moves labels towards 1/2."
-    smoothing = contracts.number(function, "label_smoothing", label_smoothing, 0, 1, remedy)
-    alpha, beta = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+        pos_weight = over_rows(split_as(rows.sharding, CLASSES, pos_weight), z.ndim)
+    allowed = Range(0, 1, "It moves labels towards 1/2.")
+    smoothing = contracts.number(function, "label_smoothing", smoothing, allowed)
     dtype = accumulation_dtype(z.dtype)
-    alpha, pos_weight = as_dtype(alpha, dtype), as_dtype(pos_weight, dtype)
-    form = _Form(smoothing, alpha * pos_weight, beta, gamma_positive, gamma_negative, clip)
-    static, values = _apart(as_dtype(x, dtype) for x in form)
-    z, labels, values = varying_like((z, labels, where, weights, values), (z, labels, values))
+    positive = as_dtype(form.positive, dtype) * as_dtype(pos_weight, dtype)
+    form = form._replace(label_smoothing=smoothing, positive=positive)
+    static, values = _partition(as_dtype(x, dtype) for x in form)
+    inputs = z, labels, rows.counts, rows.weights, values
+    z, labels, values = varying_like(inputs, (z, labels, values))
 
     def losses(counts: Array | None) -> Array:
         y = keep(counts, labels, False)  # it takes any dtype
         return _elementwise(static, keep(counts, z), y, values)
 
-    return reduce_counting(losses, where, weights, reduction)
+    return rows.reduce_finite(losses)
 
 
 def _off(option: Number) -> bool:
@@ -365,19 +353,19 @@ def _factors(form: _Form, labels: Array, dtype: Any) -> tuple[Array, Array, Arra
     return form.positive * yes, form.negative * no, yes, no
 
 
-def _apart(form: Any) -> tuple[_Form, _Form]:
+def _partition(form: Any) -> tuple[_Form, _Form]:
     """The floats, and the arrays."""
     form = _Form(*form)
     static = _Form(*(x if isinstance(x, float) else None for x in form))
     return static, form._replace(**{name: None for name, x in static._asdict().items() if x is not None})
 
 
-def _joined(static: Any, values: Any) -> _Form:
+def _combine(static: Any, values: Any) -> _Form:
     return _Form(*(x if value is None else value for x, value in zip(static, values, strict=True)))
 
 
 def _primal(static: _Form, logits: Array, labels: Array, values: _Form) -> Array:
-    form, z = _joined(static, values), widen(logits)
+    form, z = _combine(static, values), widen(logits)
     positive, negative, *_ = _factors(form, labels, z.dtype)
     yes, no = _halves(form, z, positive, negative)
     return positive * yes.value + negative * no.value
@@ -401,7 +389,7 @@ def _forward(static: _Form, logits: Array, labels: Array, values: _Form) -> Any:
 # dloss/d(α w) = y' yes(z)                         dloss/d(1 - α) = (1 - y') no(z)
 def _backward(static: _Form, residuals: Any, g: Array) -> Any:
     logits, labels, values = residuals
-    form, z = _joined(static, values), widen(logits)
+    form, z = _combine(static, values), widen(logits)
     positive, negative, y, other = _factors(form, labels, z.dtype)
     yes, no = _halves(form, z, positive, negative)
     if all(map(_off, (form.gamma_positive, form.gamma_negative, form.clip))):

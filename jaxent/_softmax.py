@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from . import _contracts as contracts
-from ._contracts import Number
+from ._contracts import Number, Range
+from ._derivatives import varying_like
 from ._logits.linear import LinearLogits
-from ._logits.sharded import AxisName
 from ._numerics import accumulation_dtype, limit, product_or_zero
-from ._objective import objective
+from ._objective import objective, prepare
+from ._rows import AxisName, Options
 from ._statistics import SoftmaxStatistics
 
 
@@ -96,22 +96,15 @@ def softmax_cross_entropy(
       Label smoothing: Szegedy et al. 2016. z-loss: PaLM, Chowdhery et al. 2022. Class weights with smoothing:
       torch.nn.functional.cross_entropy.
     """
-    function = "softmax_cross_entropy"
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
     return _loss(
-        function,
+        "softmax_cross_entropy",
         _cross_entropy,
         logits,
         labels,
-        _Options(function, labels, label_smoothing=label_smoothing, z_loss=z_loss),
-        axis=axis,
-        where=where,
-        ignore_index=ignore_index,
-        weights=weights,
-        class_weights=class_weights,
-        class_mask=class_mask,
-        reduction=reduction,
-        class_axis_name=class_axis_name,
-        batch_axis_name=batch_axis_name,
+        options,
+        dict(label_smoothing=label_smoothing, z_loss=z_loss),
     )
 
 
@@ -182,22 +175,15 @@ def softmax_focal_loss(
     Source:
       Lin et al. 2017, "Focal loss for dense object detection", for softmax.
     """
-    function = "softmax_focal_loss"
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
     return _loss(
-        function,
+        "softmax_focal_loss",
         _focal,
         logits,
         labels,
-        _Options(function, labels, label_smoothing=label_smoothing, z_loss=z_loss, gamma=gamma),
-        axis=axis,
-        where=where,
-        ignore_index=ignore_index,
-        weights=weights,
-        class_weights=class_weights,
-        class_mask=class_mask,
-        reduction=reduction,
-        class_axis_name=class_axis_name,
-        batch_axis_name=batch_axis_name,
+        options,
+        dict(label_smoothing=label_smoothing, z_loss=z_loss, gamma=gamma),
     )
 
 
@@ -268,84 +254,85 @@ def softmax_poly_loss(
     Source:
       Leng et al. 2022, "PolyLoss".
     """
-    function = "softmax_poly_loss"
+    names = class_axis_name, batch_axis_name
+    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
     return _loss(
-        function,
+        "softmax_poly_loss",
         _poly,
         logits,
         labels,
-        _Options(function, labels, label_smoothing=label_smoothing, z_loss=z_loss, epsilon=epsilon),
-        axis=axis,
-        where=where,
-        ignore_index=ignore_index,
-        weights=weights,
-        class_weights=class_weights,
-        class_mask=class_mask,
-        reduction=reduction,
-        class_axis_name=class_axis_name,
-        batch_axis_name=batch_axis_name,
+        options,
+        dict(label_smoothing=label_smoothing, z_loss=z_loss, epsilon=epsilon),
     )
 
 
-class _Options:
-    """Options, checked: numbers are part of the program, `values` are arrays, which a loss gets as arguments."""
-
-    RANGES: ClassVar = {
-        "label_smoothing": (0, 1, "0 is none of it, 1 all of it; usual is 0.1."),
-        "z_loss": (0, math.inf, "0 turns it off; usual is 1e-4."),
-        "gamma": (0, math.inf, "0 is the cross-entropy; usual is 2."),
-        "epsilon": (-1, math.inf, "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."),
-    }
-
-    def __init__(self, function: str, labels: Array, **options: Number):
-        contracts.check_array(function, "labels", labels)
-        ranges = self.RANGES
-        checked = {name: contracts.number(function, name, x, *ranges[name]) for name, x in options.items()}
-        self.numbers = {name: x for name, x in checked.items() if isinstance(x, float)}
-        self.values = {name: x for name, x in checked.items() if name not in self.numbers}
-
-    def of(self, values: dict[str, Array], dtype: Any) -> SimpleNamespace:
-        return SimpleNamespace(**self.numbers, **{name: x.astype(dtype) for name, x in values.items()})
+RANGES = {
+    "label_smoothing": Range(0, 1, "0 is none of it, 1 all of it; usual is 0.1."),
+    "z_loss": Range(0, math.inf, "0 turns it off; usual is 1e-4."),
+    "gamma": Range(0, math.inf, "0 is the cross-entropy; usual is 2."),
+    "epsilon": Range(-1, math.inf, "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."),
+}
 
 
 def _loss(
-    function: str, of_row: Callable[..., Array], logits: Any, labels: Any, options: _Options, **rest: Any
+    function: str,
+    of_row: Callable[..., Array],
+    logits: Any,
+    labels: Any,
+    options: Options,
+    numbers: dict[str, Any],
 ) -> Array:
-    """`of_row(statistics, label_weight, options)`, reduced."""
-
-    def fn(s: SoftmaxStatistics, label_weight: Array, values: dict[str, Array]) -> Array:
-        return of_row(s, label_weight, options.of(values, accumulation_dtype(logits.dtype)))
-
-    all_of_the_label = options.numbers.get("label_smoothing") == 0
-    return objective(function, fn, logits, labels, options.values, all_of_the_label=all_of_the_label, **rest)
-
-
-def _cross_entropy(s: SoftmaxStatistics, label_weight: Array, options: Any) -> Array:
-    return _smoothed(s, options.label_smoothing) + _z(s, label_weight, options.z_loss)
-
-
-def _focal(s: SoftmaxStatistics, label_weight: Array, options: Any) -> Array:
-    loss = product_or_zero(_focus(s.log_prob, options.gamma), _smoothed(s, options.label_smoothing))
-    return loss + _z(s, label_weight, options.z_loss)
+    """`of_row(statistics, label_weight, **numbers)`, reduced."""
+    contracts.check_array(function, "labels", labels)
+    checked = {name: contracts.number(function, name, x, RANGES[name]) for name, x in numbers.items()}
+    block, rows = prepare(function, logits, labels, options)
+    if rows.label_weight is not None and _is(0, checked["label_smoothing"]):
+        rows = rows.only(rows.label_weight != 0)  # of which the loss is a multiple
+    arrays = {name: x for name, x in checked.items() if not isinstance(x, float)}
+    arrays = {name: x.astype(accumulation_dtype(block.logits.dtype)) for name, x in arrays.items()}
+    if options.class_axis_name is None:
+        arrays = varying_like((block, rows.counts, rows.weights), arrays)
+    values = checked | arrays
+    return objective(lambda s, label_weight: of_row(s, label_weight, **values), block, rows)
 
 
-def _poly(s: SoftmaxStatistics, label_weight: Array, options: Any) -> Array:
-    first = -options.epsilon * label_weight * jnp.expm1(s.log_prob)
-    return _smoothed(s, options.label_smoothing) + first + _z(s, label_weight, options.z_loss)
+def _is(number: float, option: Number) -> bool:
+    """Whether a number that is part of the program is this one."""
+    return isinstance(option, float) and option == number
+
+
+def _cross_entropy(s: SoftmaxStatistics, weight: Any, label_smoothing: Number, z_loss: Number) -> Array:
+    return _smoothed(s, label_smoothing) + _z(s, weight, z_loss)
+
+
+def _focal(
+    s: SoftmaxStatistics, weight: Any, gamma: Number, label_smoothing: Number, z_loss: Number
+) -> Array:
+    loss = product_or_zero(_focus(s.log_prob, gamma), _smoothed(s, label_smoothing))
+    return loss + _z(s, weight, z_loss)
+
+
+def _poly(
+    s: SoftmaxStatistics, weight: Any, epsilon: Number, label_smoothing: Number, z_loss: Number
+) -> Array:
+    first = -epsilon * weight * jnp.expm1(s.log_prob)
+    return _smoothed(s, label_smoothing) + first + _z(s, weight, z_loss)
 
 
 def _smoothed(s: SoftmaxStatistics, a: Number) -> Array:
     """Cross-entropy with smoothing a."""
-    if isinstance(a, float) and a in (0, 1):  # not 0 * -inf
-        return -s.weighted_log_prob if a == 0 else -s.mean_log_prob
+    if _is(0, a):
+        return -s.weighted_log_prob
+    if _is(1, a):  # not 0 * -inf
+        return -s.mean_log_prob
     label, uniform = s.weighted_log_prob, s.mean_log_prob
     if not isinstance(a, float):
         label, uniform = limit(1 - a, label), limit(a, uniform)
     return -((1 - a) * label + a * uniform)
 
 
-def _z(s: SoftmaxStatistics, label_weight: Array, z_loss: Number) -> Array | float:
-    return 0.0 if isinstance(z_loss, float) and z_loss == 0 else z_loss * label_weight * s.log_normalizer**2
+def _z(s: SoftmaxStatistics, weight: Any, z_loss: Number) -> Array | float:
+    return 0.0 if _is(0, z_loss) else z_loss * weight * s.log_normalizer**2
 
 
 def _focus(log_p: Array, gamma: Number) -> Array:

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._devices import lanes, spread
+from ._devices import lanes
 from ._numerics import exp_difference, limit, over_rows, product_or_zero, widen
-from ._reduction import keep
+from ._rows import keep, take_class
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(SoftmaxStatistics)
 INTEGER_STATISTICS = ("prediction", "rank")
 
 
-def keep_rows(counts: Array | None, statistics: SoftmaxStatistics, classes: int) -> SoftmaxStatistics:
+def harmless(counts: Array | None, statistics: SoftmaxStatistics, classes: int) -> SoftmaxStatistics:
     """Those of equal logits in rows that do not count: something at which few functions are singular."""
     log_v = math.log(max(classes, 2))
     harmless = {"log_normalizer": log_v, "entropy": log_v, "prediction": 0, "rank": 0}
@@ -119,11 +119,11 @@ class Partial(NamedTuple):
     """Partial statistics of rows, over a block of classes; `merge` makes those of two blocks together.
 
     What is not needed is None. The identity of `merge`, which is also the partial of a block with no class in
-    force, has max = -inf and rest = -1: its T is 0.
+    force, has m = -inf and r = -1: its T is 0.
     """
 
-    max: Array  # m
-    rest: Array  # r
+    m: Array
+    r: Array
     spread: Array | None = None  # sum_j e_j (m - z_j): entropy = log1p(r) + spread / T
     label_logit: Array | None = None  # z_y, -inf where the label is in another block
     label_weight: Array | None = None  # w_y, 0 where the label is in another block
@@ -134,12 +134,12 @@ class Partial(NamedTuple):
     others: Array | None = None  # sum_j e_j without the label's class: of a device's slice of the classes
 
 
-Own = tuple[Array, Array] | None  # the label's lane [..., V] and z_y, where r may do with its digits
-MaxAndRest = Callable[[Array, Own], tuple[Array, Array]]
+LabelLane = tuple[Array, Array] | None  # where it is, [..., V], and z_y, if r may do with its digits
+MaxAndRest = Callable[[Array, LabelLane], tuple[Array, Array]]
 
 
 def detached_max(max_and_rest: MaxAndRest) -> MaxAndRest:
-    """`max_and_rest(z, own) -> (m, r)` with dm = 0, dr = sum_j e_j dz_j.
+    """`max_and_rest(z, lane) -> (m, r)` with dm = 0, dr = sum_j e_j dz_j.
 
     m is only a shift: with T = sum_j exp(z_j - m) for any constant m, every statistic is the same. Derivatives
     are exact that way, also where classes tie for the maximum. (Second derivatives come here; first ones have
@@ -149,15 +149,15 @@ def detached_max(max_and_rest: MaxAndRest) -> MaxAndRest:
 
     @function.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
-        (z, own), (dz, _) = primals, tangents
-        m, r = function(z, own)
+        (z, lane), (dz, _) = primals, tangents
+        m, r = function(z, lane)
         return (m, r), (jnp.zeros_like(m), jnp.sum(exp_difference(z, m[..., None]) * dz, -1))
 
     return function
 
 
 @detached_max
-def max_and_rest(z: Array, own: Own) -> tuple[Array, Array]:
+def max_and_rest(z: Array, lane: LabelLane) -> tuple[Array, Array]:
     """m and r over the last axis.
 
     With the label's term left out of the sum, r = S + (e_y - 1), S = sum_{j != y} e_j. That is S where its logit
@@ -166,13 +166,13 @@ def max_and_rest(z: Array, own: Own) -> tuple[Array, Array]:
     """
     m = jnp.max(z, -1)
     finite_m = _finite(m)[..., None]
-    if own is None:
-        apart = z == m[..., None]
-        e_apart = jnp.sum(apart, -1, dtype=z.dtype)
+    if lane is None:
+        left_out = z == m[..., None]
+        e_left_out = jnp.sum(left_out, -1, dtype=z.dtype)
     else:
-        apart, z_y = own
-        e_apart = exp_difference(z_y, finite_m[..., 0])
-    r = jnp.sum(jnp.where(apart, 0, exp_difference(z, finite_m)), -1) + (e_apart - 1)
+        left_out, z_y = lane
+        e_left_out = exp_difference(z_y, finite_m[..., 0])
+    r = jnp.sum(jnp.where(left_out, 0, exp_difference(z, finite_m)), -1) + (e_left_out - 1)
     return m, jnp.where(m == -jnp.inf, -1, r)
 
 
@@ -189,13 +189,13 @@ def partial_statistics(
 ) -> Partial:
     """The partial statistics that the statistics `names` need; other ways to find m, r and z_y may be given."""
     z = block.wide_logits()
-    own = label_logit = None
+    lane = label_logit = None
     of_label = ("log_prob", "weighted_log_prob", "label_logit")
     if block.label is not None and any(name in names for name in of_label):
         label_logit = select_label(z, block)
         if "entropy" not in names:  # which, of a row that is sure of another class, is as small as r
-            own = block.hit(), label_logit
-    m, r = max_and_rest(z, own)
+            lane = block.hit(), label_logit
+    m, r = max_and_rest(z, lane)
     finite_m = _finite(m)[..., None]
     spread = label_weight = distribution = weighted = uniform = classes = None
 
@@ -228,7 +228,7 @@ def identity(like: Partial) -> Partial:
         return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), x)
 
     return fill(0, like)._replace(
-        max=fill(-jnp.inf, like.max), rest=fill(-1, like.rest), label_logit=fill(-jnp.inf, like.label_logit)
+        m=fill(-jnp.inf, like.m), r=fill(-1, like.r), label_logit=fill(-jnp.inf, like.label_logit)
     )
 
 
@@ -238,19 +238,18 @@ def merge(a: Partial, b: Partial) -> Partial:
     With m = max(m_a, m_b) each side's e_j shrink by s = exp(m_side - m). The side that holds m keeps its unit
     term out of the sum; the other side's unit term becomes an ordinary s.
     """
-    m = jnp.maximum(a.max, b.max)
-    a_holds = a.max >= b.max
-    shrink = exp_difference(jnp.where(a_holds, b.max, a.max), jnp.where(m == -jnp.inf, 0, m))
-    big_rest = jnp.where(a_holds, a.rest, b.rest)
-    small_rest = jnp.where(a_holds, b.rest, a.rest)
-    rest = big_rest + shrink * (1 + small_rest)
+    m = jnp.maximum(a.m, b.m)
+    a_holds = a.m >= b.m
+    shrink = exp_difference(jnp.where(a_holds, b.m, a.m), jnp.where(m == -jnp.inf, 0, m))
+    r_big, r_small = jnp.where(a_holds, a.r, b.r), jnp.where(a_holds, b.r, a.r)
+    r = r_big + shrink * (1 + r_small)
 
     def shifted_spread(x: Partial) -> Array:
-        scale = jnp.where(x.max == m, 1, shrink)
-        return product_or_zero(scale, x.spread + product_or_zero(1 + x.rest, m - x.max))
+        scale = jnp.where(x.m == m, 1, shrink)
+        return product_or_zero(scale, x.spread + product_or_zero(1 + x.r, m - x.m))
 
     def shifted(x: Partial, moments: Moments) -> Moments:
-        return Moments(moments.deviation + product_or_zero(moments.mass, m - x.max), moments.mass)
+        return Moments(moments.deviation + product_or_zero(moments.mass, m - x.m), moments.mass)
 
     def both(name: str, combine: Callable[[Any, Any], Any]) -> Any:
         left, right = getattr(a, name), getattr(b, name)
@@ -261,8 +260,8 @@ def merge(a: Partial, b: Partial) -> Partial:
         return Moments(left.deviation + right.deviation, left.mass + right.mass)
 
     return Partial(
-        max=m,
-        rest=rest,
+        m=m,
+        r=r,
         spread=both("spread", lambda *_: shifted_spread(a) + shifted_spread(b)),
         label_logit=both("label_logit", jnp.maximum),
         label_weight=both("label_weight", jnp.add),
@@ -279,18 +278,18 @@ def poison(whole: Partial, label: Array | None) -> Partial:
     These are rows with a NaN or +inf logit, with no finite logit at all, with a label of -1, or with NaN in the
     distribution. (It also makes the gradient wait for all that reads the logits, so that it may overwrite them.)
     """
-    ok = jnp.isfinite(whole.max)
+    ok = jnp.isfinite(whole.m)
     for moments in (whole.distribution, whole.weighted, whole.uniform):
         if moments is not None:
             ok &= ~jnp.isnan(moments.deviation)
     if label is not None:
         ok &= label >= 0
-    return whole._replace(max=jnp.where(ok, whole.max, jnp.nan))
+    return whole._replace(m=jnp.where(ok, whole.m, jnp.nan))
 
 
 def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
     """The real-valued statistics `names` from partial statistics over all classes."""
-    m, r = whole.max, whole.rest
+    m, r = whole.m, whole.r
     log_t = jnp.log1p(r) + (m - m)  # NaN where m is
 
     def expectation(moments: Moments) -> Array:
@@ -316,15 +315,6 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
     return found
 
 
-def take_class(x: Array, label: Array) -> Array:
-    """x[label] of `[V]` values, bools or floats; 0 for a label outside [0, V)."""
-    if spread((x, label)).possible > 1:  # as `Block.hit`
-        x = over_rows(x, label.ndim + 1)
-        return jnp.sum(jnp.where(lanes(x) == label[..., None], x, jnp.zeros_like(x)), -1, dtype=x.dtype)
-    lane = jnp.clip(label, 0, x.shape[0] - 1)
-    return jnp.where(label == lane, x[lane], jnp.zeros((), x.dtype))
-
-
 def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict[str, Array]) -> Array:
     """d/dz_j of sum over the statistics of g * statistic, for the classes of a block: the gradient rule.
 
@@ -340,7 +330,7 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
     Linear in g, by construction: forward mode is its transpose.
     """
     z = block.wide_logits()
-    m, r = whole.max[..., None], whole.rest[..., None]
+    m, r = whole.m[..., None], whole.r[..., None]
     e = exp_difference(z, m)
     share = 1 / (1 + r)  # p = share e: what can be done per row is not done per class
     g = {name: x[..., None] for name, x in g.items()}
@@ -362,7 +352,7 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
             scale = g[name]
             if weighted:
                 scale = scale * whole.label_weight[..., None]
-            e_y = exp_difference(whole.label_logit, whole.max)[..., None]
+            e_y = exp_difference(whole.label_logit, whole.m)[..., None]
             terms.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
         else:
             t = block.weighted_distribution() if weighted else block.distribution
@@ -378,7 +368,7 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
     It is also what a direction along q is multiplied with: 0 where q_j = 0 meets log p_j = -inf, or else a teacher that
     gives such a class no mass would be NaN in all classes.
     """
-    log_p = (block.wide_logits() - whole.max[..., None]) - jnp.log1p(whole.rest[..., None])
+    log_p = (block.wide_logits() - whole.m[..., None]) - jnp.log1p(whole.r[..., None])
     log_p = limit(block.distribution, log_p)
     scales = {
         "log_prob": jnp.ones((), log_p.dtype),
@@ -393,14 +383,14 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
 def with_others(partial: Partial, label: Array, classes: int) -> Partial:
     """`partial` with the sum over all classes but the label's, which is in this block or in none of its `classes`."""
     here = (label >= 0) & (label < classes)
-    e_y = jnp.where(here, exp_difference(partial.label_logit, _finite(partial.max)), 0)
-    others = (1 - e_y) + partial.rest
-    return partial._replace(others=jnp.where(partial.max == -jnp.inf, 0, others))
+    e_y = jnp.where(here, exp_difference(partial.label_logit, _finite(partial.m)), 0)
+    others = (1 - e_y) + partial.r
+    return partial._replace(others=jnp.where(partial.m == -jnp.inf, 0, others))
 
 
 def partial_gradient(block: Block, partial: Partial, g: Partial) -> Array:
     """d/dz_j of sum over the fields of g * field; m is a shift on which in the end nothing depends."""
-    z, m = block.wide_logits(), _finite(partial.max)[..., None]
+    z, m = block.wide_logits(), _finite(partial.m)[..., None]
     e = exp_difference(z, m)
     terms = []
 
@@ -408,7 +398,7 @@ def partial_gradient(block: Block, partial: Partial, g: Partial) -> Array:
         if g is not None:
             terms.append(g[..., None] * slope)
 
-    add(g.rest, e)
+    add(g.r, e)
     if block.label is not None:
         hit = block.hit()
         add(g.others, jnp.where(hit, 0, e))
@@ -429,7 +419,7 @@ def partial_gradient(block: Block, partial: Partial, g: Partial) -> Array:
 
 def partial_distribution_gradient(block: Block, partial: Partial, g: Partial) -> Array:
     """d/dq_j of the same."""
-    deviation = limit(block.distribution, _finite(partial.max)[..., None] - block.wide_logits())
+    deviation = limit(block.distribution, _finite(partial.m)[..., None] - block.wide_logits())
     one, w = jnp.ones((), deviation.dtype), block.weights_of_classes(deviation.dtype)
     gradient = jnp.zeros_like(deviation)
     for moments, scale in ((g.distribution, one), (g.weighted, w)):

@@ -20,11 +20,11 @@ PACKAGE = Path(jaxent.__file__).parent
 LAYERS = [
     {"_numerics", "_derivatives", "_devices"},
     {"_contracts"},
-    {"_reduction"},
+    {"_rows"},
     {"_statistics"},
+    {"_row_function"},
     {"_logits"},
-    {"_tracing", "_log_ratio"},
-    {"_objective"},
+    {"_log_ratio", "_objective"},
     {"_softmax", "_general", "_sigmoid", "_probability", "_divergences"},
     {"_diagnose"},
     {"__init__"},
@@ -181,6 +181,7 @@ OPTIONS: dict[str, set] = {
     "epsilon": {1.0},
     # "mean" for softmax_loss alone: an objective of one's own is asked for its value, not for its rows
     "reduction": {"none", "mean"},
+    "has_aux": {False},
     "class_axis_name": {None},
     "batch_axis_name": {None},
     "axis_name": {None},

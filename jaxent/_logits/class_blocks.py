@@ -2,7 +2,7 @@
 
 A pass reads the kernel once and writes its gradient once, where blocks of rows do so as often as there are blocks.
 But a row's cotangent is known after the last block only, so the logits are computed again: 4 matmuls. Rows may be in
-groups (`layout.Rows`): then `[N]` is `[n, *groups]` everywhere.
+groups (`layout.RowLayout`): then `[N]` is `[n, *groups]` everywhere.
 """
 
 import functools
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._derivatives import (
-    Moving,
+    Perturbed,
     instantiate,
     reverse_mode_only,
     stopping_early,
-    values_and_moving,
+    values_and_perturbed,
     varying_like,
 )
 from .._devices import is_known
-from .._reduction import keep
+from .._rows import keep
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
@@ -38,7 +38,7 @@ from .._statistics import (
     poison,
 )
 from . import dense, linear
-from .layout import Classes
+from .layout import ClassLayout
 from .row_blocks import blocks_that_count, order_of_rows, put_rows, take_rows
 
 ROWS = 256  # at least so many are taken at a time where some do not count
@@ -47,7 +47,7 @@ ROWS = 256  # at least so many are taken at a time where some do not count
 class Rule(NamedTuple):
     """What is made of the partial statistics over all classes, and the gradient for a block of them."""
 
-    complete: Callable[[Partial, Block], Partial]
+    after_merge: Callable[[Partial, Block], Partial]
     results: Callable[[tuple[str, ...], Partial], Any]  # of names
     logits_gradient: Callable[
         [Block, Partial, Any, Any], Array
@@ -66,8 +66,7 @@ STATISTICS = Rule(
 class Static(NamedTuple):
     rule: Rule
     names: tuple[str, ...]  # of statistics
-    layout: Classes
-    classes: int  # that a block has of each group
+    layout: ClassLayout
     rows: int  # that a block has of each group
 
 
@@ -79,13 +78,13 @@ class Inputs(NamedTuple):
 
 
 def statistics(
-    names: tuple[str, ...], layout: Classes, classes: int, block: Block, counts: Array | None
+    names: tuple[str, ...], layout: ClassLayout, block: Block, counts: Array | None
 ) -> SoftmaxStatistics:
-    """The statistics `names` of N rows, `classes` at a time; `block.logits` is a LinearLogits of hidden `[N, D]`."""
-    real, integers = all_classes(STATISTICS, first_pass(names), layout, classes, block, counts)
+    """The statistics `names` of N rows; `block.logits` is a LinearLogits of hidden `[N, D]`."""
+    real, integers = all_classes(STATISTICS, first_pass(names), layout, block, counts)
     if "rank" in names:
         z_y = integers.pop("label_logit")
-        _, found = all_classes(STATISTICS, ("rank",), layout, classes, lax.stop_gradient(block), counts, z_y)
+        _, found = all_classes(STATISTICS, ("rank",), layout, lax.stop_gradient(block), counts, z_y)
         integers["rank"] = jnp.where(block.label >= 0, found["rank"], block.logits.shape[-1])
     return SoftmaxStatistics(**real, **integers)
 
@@ -98,8 +97,7 @@ def first_pass(names: tuple[str, ...]) -> tuple[str, ...]:
 def all_classes(
     rule: Rule,
     names: tuple[str, ...],
-    layout: Classes,
-    classes: int,
+    layout: ClassLayout,
     block: Block,
     counts: Array | None,
     label_logit: Array | None = None,
@@ -107,18 +105,18 @@ def all_classes(
     """(results of `rule`, statistics without derivative) of N rows; for the rank with z_y `[N]`."""
     rows, *groups, _ = block.logits.hidden.shape
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
-    width = max(classes // layout.groups, 1)
     blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if is_known(rows) else 1
     if counts is None or wide or blocks < 2:
         inputs = Inputs(block, counts, label_logit, jnp.ones((), jnp.int32))
-        return _apply(Static(rule, names, layout, width, rows), inputs)
+        return _apply(Static(rule, names, layout, rows), inputs)
     size = -(-rows // blocks)
     order = order_of_rows(counts, size * blocks, (rows, *groups))  # beyond N: what fills the last block
-    own, label, label_logit = take_rows(order, (linear.of_rows(block.logits), block.label, label_logit))
-    block = block._replace(logits=linear.replace(block.logits, own), label=label)
+    of_rows = linear.per_row_fields(block.logits), block.label, label_logit
+    per_row, label, label_logit = take_rows(order, of_rows)
+    block = block._replace(logits=linear.replace(block.logits, per_row), label=label)
     needed = blocks_that_count(counts, size)
     counts = take_rows(order, counts) & (order < rows)
-    found = _apply(Static(rule, names, layout, width, size), Inputs(block, counts, label_logit, needed))
+    found = _apply(Static(rule, names, layout, size), Inputs(block, counts, label_logit, needed))
     return put_rows(order, jax.tree.map(lambda x: jnp.zeros((rows, *groups), x.dtype), found), found)
 
 
@@ -131,14 +129,14 @@ def _primal(static: Static, inputs: Inputs) -> Any:
 
 
 def _forward(static: Static, inputs: Any) -> Any:
-    inputs, moving = values_and_moving(inputs)
+    inputs, perturbed = values_and_perturbed(inputs)
     found, whole = _forward_pass(static, _hide(inputs))
-    return found, (inputs, whole, found[0], moving)
+    return found, (inputs, whole, found[0], perturbed)
 
 
 def _backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
-    inputs, whole, results, moving = residuals
-    gradient = _backward_pass((static, moving), _hide(inputs), whole, results, instantiate(g[0]))
+    inputs, whole, results, perturbed = residuals
+    gradient = _backward_pass((static, perturbed), _hide(inputs), whole, results, instantiate(g[0]))
     return (Inputs(gradient, None, None, None),)
 
 
@@ -182,8 +180,8 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
         whole, before = _rows(carry, row, static.rows)
         integers = {}
         if "prediction" in names:
-            larger = ~(part.max <= whole.max) & ~jnp.isnan(whole.max)  # a NaN is the largest, as in argmax
-            tied = (part.max == whole.max) | (jnp.isnan(part.max) & jnp.isnan(whole.max))
+            larger = ~(part.m <= whole.m) & ~jnp.isnan(whole.m)  # a NaN is the largest, as in argmax
+            tied = (part.m == whole.m) | (jnp.isnan(part.m) & jnp.isnan(whole.m))
             first = larger | (tied & (here["prediction"] < before["prediction"]))
             integers["prediction"] = jnp.where(first, here["prediction"], before["prediction"])
         if "rank" in names:
@@ -196,13 +194,13 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
     rows = block.logits.hidden.shape[0]
     like, like_integers = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        jax.eval_shape(functools.partial(partials, 0, 0, static.classes)),
+        jax.eval_shape(functools.partial(partials, 0, 0, static.layout.width)),
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_integers)
     whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
     if "label_logit" in names:
         integers["label_logit"] = lax.stop_gradient(whole.label_logit)
-    whole = static.rule.complete(whole, block)
+    whole = static.rule.after_merge(whole, block)
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
     return (static.rule.results(real, whole), integers), whole
 
@@ -210,16 +208,16 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
 @stopping_early
 def _backward_pass(
     stop: bool,
-    static_and_moving: tuple[Static, Moving],
+    how: tuple[Static, Perturbed],
     inputs: Inputs,
     whole: Partial,
     results: Any,
     g: Any,
 ) -> Block:
     """The gradients of what is differentiated, None for the rest."""
-    static, moving = static_and_moving
+    static, perturbed = how
     block = inputs.block
-    moves: Block = moving.tree(inputs).block
+    is_perturbed: Block = perturbed.tree(inputs).block
 
     def tile(start: Any, classes: int, row: Any) -> Block:
         part = _part(static, block, row, start, classes)
@@ -227,7 +225,7 @@ def _backward_pass(
         def from_product(options: Any, z: Array) -> Array:
             return linear.from_product(linear.replace(part.logits, options), z, part.class_mask)
 
-        options = linear.moving_options(moves.logits, part.logits)
+        options = linear.perturbed_options(is_perturbed.logits, part.logits)
         z, vjp = jax.vjp(from_product, options, linear.product(part.logits))
         of_rows = _rows((whole, results, g, inputs.counts), row, static.rows)
         part_whole, part_results, part_g, counts = of_rows
@@ -240,9 +238,9 @@ def _backward_pass(
         dz = of_counting_rows(static.rule.logits_gradient(built, part_whole, part_results, part_g))
         d_options, d_product = vjp(dz)
         distribution = None
-        if moves.distribution:
+        if is_perturbed.distribution:
             distribution = of_counting_rows(static.rule.distribution_gradient(built, part_whole, part_g))
-        layer = linear.gradient(moves.logits, part.logits, d_product, part.class_mask)
+        layer = linear.gradient(is_perturbed.logits, part.logits, d_product, part.class_mask)
         return Block(linear.replace(layer, d_options), distribution=distribution)
 
     def over_rows(start: Any, classes: int, total: _Total) -> _Total:
@@ -264,22 +262,22 @@ def _backward_pass(
 
         return _Total(rows, jax.tree.map(put, total.classes, here), of_all)
 
-    layer, moving_layer = block.logits, moves.logits
-    shapes = _Total.of(jax.eval_shape(functools.partial(tile, 0, static.classes, 0)))
+    layer, perturbed_layer = block.logits, is_perturbed.logits
+    shapes = _Total.of(jax.eval_shape(functools.partial(tile, 0, static.layout.width, 0)))
     rows = jax.tree.map(lambda x: jnp.zeros((layer.hidden.shape[0], *x.shape[1:]), x.dtype), shapes.rows)
     of_all = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.all)
 
-    def zeros(moves: Any, x: Array) -> Array | None:
-        return jnp.zeros(x.shape, x.dtype) if moves else None
+    def zeros(is_perturbed: Any, x: Array) -> Array | None:
+        return jnp.zeros(x.shape, x.dtype) if is_perturbed else None
 
     columns = {
-        "kernel": zeros(moving_layer.kernel, layer.kernel),
-        "bias": zeros(moving_layer.bias, layer.bias),
+        "kernel": zeros(perturbed_layer.kernel, layer.kernel),
+        "bias": zeros(perturbed_layer.bias, layer.bias),
     }
-    init = _Total(rows, (columns, zeros(moves.distribution, block.distribution)), of_all)
+    init = _Total(rows, (columns, zeros(is_perturbed.distribution, block.distribution)), of_all)
     found = _over_classes(static, inputs, over_rows, init)
     columns, distribution = found.classes
-    if moving_layer.hidden:
+    if perturbed_layer.hidden:
         found.rows["hidden"] = found.rows["hidden"].astype(layer.hidden.dtype)
     return Block(linear.replace(layer, found.rows | found.all | columns), distribution=distribution)
 
@@ -293,14 +291,14 @@ class _Total(NamedTuple):
 
     @classmethod
     def of(cls, block: Block) -> "_Total":
-        of_all = linear.of_all(block.logits)
-        columns = {name: of_all.pop(name) for name in ("kernel", "bias")}
-        return cls(linear.of_rows(block.logits), (columns, block.distribution), of_all)
+        shared = linear.shared_fields(block.logits)
+        columns = {name: shared.pop(name) for name in ("kernel", "bias")}
+        return cls(linear.per_row_fields(block.logits), (columns, block.distribution), shared)
 
 
 def _over_classes(static: Static, inputs: Inputs, step: Callable[[Any, int, Any], Any], init: Any) -> Any:
     """`step(start, classes, carry)` over all classes; the last block may be smaller."""
-    size, classes = static.classes, static.layout.number
+    size, classes = static.layout.width, static.layout.number
     carry = varying_like(inputs, init)
     carry = lax.fori_loop(0, classes // size, lambda i, carry: step(i * size, size, carry), carry)
     rest = classes % size
@@ -328,8 +326,8 @@ def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> B
     layer = block.logits
     kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
     distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
-    own, label = _rows((linear.of_rows(layer), block.label), row, static.rows)
-    layer = linear.replace(layer, own | {"kernel": kernel, "bias": bias})
+    per_row, label = _rows((linear.per_row_fields(layer), block.label), row, static.rows)
+    layer = linear.replace(layer, per_row | {"kernel": kernel, "bias": bias})
     lane = None if label is None else static.layout.lane(label, start, classes)
     return Block(layer, lane, distribution, weights, mask)
 

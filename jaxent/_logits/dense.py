@@ -11,11 +11,11 @@ from jax import Array, lax
 from .._derivatives import varying_like, with_forward_mode
 from .._devices import lanes, spread
 from .._numerics import exp_difference, lowest
-from .._reduction import keep_gradient
+from .._rows import keep_gradient
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
-    Own,
+    LabelLane,
     Partial,
     SoftmaxStatistics,
     detached_max,
@@ -98,10 +98,10 @@ _real_statistics = with_forward_mode(_rule)
 
 
 @detached_max
-def platform_max_and_rest(z: Array, own: Own) -> tuple[Array, Array]:
+def platform_max_and_rest(z: Array, lane: LabelLane) -> tuple[Array, Array]:
     if spread(z).possible > 1:
-        return max_and_rest(z, own)
-    return lax.platform_dependent(z, own, cpu=_max_and_rest_on_cpu, default=max_and_rest)
+        return max_and_rest(z, lane)
+    return lax.platform_dependent(z, lane, cpu=_max_and_rest_on_cpu, default=max_and_rest)
 
 
 def platform_select_label(z: Array, block: Block) -> Array:
@@ -119,7 +119,7 @@ def platform_select_label(z: Array, block: Block) -> Array:
     return lax.platform_dependent(z, block.label, cpu=gather, default=select)
 
 
-def _max_and_rest_on_cpu(z: Array, _: Own) -> tuple[Array, Array]:
+def _max_and_rest_on_cpu(z: Array, _: LabelLane) -> tuple[Array, Array]:
     size = _group_size(z.shape[-1])
     if size is None:
         m = jnp.max(z, -1)
@@ -152,8 +152,8 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     m_other = jnp.max(jnp.where(other, tops, lowest(z.dtype)), -1, keepdims=True)
     sums = jnp.sum(jnp.exp(groups - m_other[..., None]), -1)  # of the group of m it may be inf
     others = jnp.sum(jnp.where(other, sums, 0), -1) * exp_difference(m_other, m)[..., 0]
-    own = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]
-    return m[..., 0], others + _rest(own, m)
+    top = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]
+    return m[..., 0], others + _rest(top, m)
 
 
 def _rest(z: Array, m: Array) -> Array:

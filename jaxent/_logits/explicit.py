@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .._devices import explicit_sharding
 from .._statistics import Block
-from .linear import LinearLogits, of_all, of_rows, replace
+from .linear import LinearLogits, per_row_fields, replace, shared_fields
 
 
 class Split(NamedTuple):
@@ -26,7 +27,7 @@ class Split(NamedTuple):
     def row_axes(self) -> tuple[str, ...]:
         return tuple(name for entry in self.rows for name in _names(entry))
 
-    def of_rows(self, tree: Any) -> Any:
+    def per_row(self, tree: Any) -> Any:
         """Specs of arrays `[*rows, ...]`."""
         return jax.tree.map(lambda _: P(*self.rows), tree)
 
@@ -44,8 +45,8 @@ class Split(NamedTuple):
     def of_logits(self, z: Any) -> Any:
         if not isinstance(z, LinearLogits):
             return P(*self.rows, self.classes)
-        specs: dict[str, Any] = {name: P() for name in of_all(z)} | {
-            name: P(*self.rows) for name in of_rows(z)
+        specs: dict[str, Any] = {name: P() for name in shared_fields(z)} | {
+            name: P(*self.rows) for name in per_row_fields(z)
         }
         specs |= {"kernel": P(None, self.classes), "bias": P(self.classes)}
         return replace(z, {name: spec for name, spec in specs.items() if getattr(z, name) is not None})
@@ -55,16 +56,36 @@ class Split(NamedTuple):
             return None if class_mask is None else self.of_logits(class_mask)
         return P(self.classes)
 
-    def on_each_device(self, f: Callable[..., Any], specs: Any, arguments: Any, out_specs: Any) -> Any:
-        """`f` of the part that each device has; what is split otherwise is moved first."""
-        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-        explicit = {name for name, kind in types if kind == AxisType.Explicit}
-        local = jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=explicit)
 
-        def move(x: Any, spec: P) -> Any:
-            return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+def on_each_device(
+    f: Callable[..., tuple[Any, Any]], split: Split | None, specs: Any, arguments: Any, check_vma: bool = True
+) -> tuple[Any, Any]:
+    """(sums, results per row) = `f(*arguments)` of what each device has; the sums of all devices are added up.
 
-        return jax.jit(lambda *x: local(*jax.tree.map(move, x, specs)))(*arguments)
+    What is split otherwise than `specs` say is moved first. Without a split, `f` as it is.
+    """
+    if split is None:
+        return f(*arguments)
+    types = zip(split.mesh.axis_names, split.mesh.axis_types, strict=True)
+    explicit = {name for name, kind in types if kind == AxisType.Explicit}
+
+    def local(*arguments: Any) -> tuple[Any, Any]:
+        sums, per_row = f(*arguments)
+        return jax.tree.map(lambda x: x[None], sums), per_row
+
+    def move(x: Any, spec: P) -> Any:
+        return jax.sharding.reshard(x, NamedSharding(split.mesh, spec))
+
+    @jax.jit
+    def everywhere(*arguments: Any) -> tuple[Any, Any]:
+        out_specs = P(split.row_axes or None), P(*split.rows)
+        mapped = jax.shard_map(
+            local, mesh=split.mesh, in_specs=specs, out_specs=out_specs, axis_names=explicit
+        )
+        sums, per_row = mapped(*jax.tree.map(move, arguments, specs))
+        return jax.tree.map(lambda x: jnp.sum(x, 0), sums), per_row
+
+    return everywhere(*arguments)
 
 
 def split_of(*layers: LinearLogits) -> Split | None:
@@ -77,8 +98,8 @@ def split_of(*layers: LinearLogits) -> Split | None:
     meshes = [t.sharding.mesh for t in types if AxisType.Explicit in t.sharding.mesh.axis_types]
     if not meshes:
         return None
-    of_rows = [tuple(jax.typeof(layer.hidden).sharding.spec)[:-1] for layer in layers]
-    rows = next(filter(any, of_rows), of_rows[0])
+    splits = [tuple(jax.typeof(layer.hidden).sharding.spec)[:-1] for layer in layers]
+    rows = next(filter(any, splits), splits[0])
     taken = {name for entry in rows for name in _names(entry)}
     of_classes = [_names(jax.typeof(layer.kernel).sharding.spec[-1]) for layer in layers]
     free = [tuple(name for name in names if name not in taken) for names in of_classes]

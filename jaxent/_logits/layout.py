@@ -15,7 +15,7 @@ from jax import Array
 from .._devices import Spread
 
 
-class Rows(NamedTuple):
+class RowLayout(NamedTuple):
     """Rows `[*shape]` as `[n, *groups]`: a loop takes blocks along the first axis.
 
     A group per axis, or none at all where `jit` cannot split the rows: then it is a plain list of them.
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     groups: tuple[int, ...]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], spread: Spread) -> "Rows":
+    def of(cls, shape: tuple[int, ...], spread: Spread) -> "RowLayout":
         groups = tuple(map(spread.groups, shape)) if math.prod(shape) else ()
         return cls(shape, groups if math.prod(groups) > 1 else ())
 
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     def number(self) -> int:
         return math.prod(self.shape) // math.prod(self.groups)
 
-    def apart(self, tree: Any) -> Any:
+    def grouped(self, tree: Any) -> Any:
         """`[*shape, ...]` as `[n, *groups, ...]`."""
         axes = range(len(self.groups))
 
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
         return jax.tree.map(of, tree)
 
-    def together(self, tree: Any) -> Any:
+    def ungrouped(self, tree: Any) -> Any:
         """The inverse."""
         axes = range(len(self.groups))
 
@@ -68,40 +68,19 @@ class Rows(NamedTuple):
             for part in (groups, size // groups)
         )
 
-    # A function of rows counts their axes: it gets the rows of a block with as many as all rows have.
 
-    def block_shape(self, size: int) -> tuple[int, ...]:
-        if not self.groups:
-            return (size,) + (1,) * (len(self.shape) - 1)
-        return (self.groups[0] * size, *self.groups[1:])
-
-    def as_block(self, tree: Any) -> Any:
-        """`[size, *groups, ...]` with the axes of rows."""
-
-        def of(x: Array) -> Array:
-            rest = x.shape[1 + len(self.groups) :]
-            shape = self.block_shape(x.shape[0])
-            return (jnp.moveaxis(x, 0, 1) if self.groups else x).reshape(*shape, *rest)
-
-        return jax.tree.map(of, tree)
-
-    def from_block(self, x: Array, size: int) -> Array:
-        """The inverse, of one number per row."""
-        if not self.groups:
-            return x.reshape(size)
-        return jnp.moveaxis(x.reshape(self.groups[0], size, *self.groups[1:]), 1, 0)
-
-
-class Classes(NamedTuple):
-    """V classes as `[groups, n]`: a block takes `width` of each group, from `start` on."""
+class ClassLayout(NamedTuple):
+    """V classes as `[groups, n]`: a block takes `width` of each group, the last one fewer, from `start` on."""
 
     groups: int
     number: int  # of a group
+    width: int
 
     @classmethod
-    def of(cls, classes: int, spread: Spread) -> "Classes":
+    def of(cls, classes: int, block: int, spread: Spread) -> "ClassLayout":
+        """In blocks of so many classes."""
         groups = spread.groups(classes)
-        return cls(groups, classes // groups)
+        return cls(groups, classes // groups, max(block // groups, 1))
 
     def take(self, x: Array, start: Any, width: int) -> Array:
         """`[..., V]` -> `[..., groups * width]`."""

@@ -11,13 +11,16 @@ import numpy as np
 from jax import Array
 
 from .. import _contracts as contracts
-from .._contracts import Number
+from .._contracts import Number, Range
 from .._numerics import accumulation_dtype, as_dtype, common_dtype, over_rows
-from .._reduction import keep
+from .._rows import keep
 
 BLOCK_BYTES = 128 * 2**20
 OPTIONS = ("temperature", "softcap")  # Python numbers or arrays
 ARRAYS = ("hidden", "kernel", "bias", *OPTIONS)
+REMEDY = "1 leaves the logits as they are; the limit at 0 is the argmax, which has no gradient."
+TEMPERATURE = Range(0, math.inf, REMEDY, above=True)
+SOFTCAP = Range(0, math.inf, "For no bound pass None.", above=True)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -136,40 +139,30 @@ def checked(function: str, logits: LinearLogits, argument: str = "logits") -> Li
     if bias is not None:
         remedy = "Nothing is broadcast."
         contracts.check_shape(function, f"{argument}.bias", bias, kernel.shape[1:], "one per class", remedy)
-    remedy = "1 leaves the logits as they are; the limit at 0 is the argmax, which has no gradient."
-    name, rows = f"{argument}.temperature", hidden.shape[:-1]
     temperature = contracts.number(
-        function, name, logits.temperature, 0, math.inf, remedy, above=True, rows=rows
+        function, f"{argument}.temperature", logits.temperature, TEMPERATURE, rows=hidden.shape[:-1]
     )
     softcap = logits.softcap
     if softcap is not None:
-        remedy = "For no bound pass None."
-        softcap = contracts.number(function, f"{argument}.softcap", softcap, 0, math.inf, remedy, above=True)
+        softcap = contracts.number(function, f"{argument}.softcap", softcap, SOFTCAP)
     whole = isinstance(logits.block_bytes, int | np.integer) and logits.block_bytes > 0
     remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`."
     name = f"{argument}.block_bytes"
     contracts.check_option(function, name, logits.block_bytes, whole, "a positive int", remedy)
     hidden, kernel, bias = jax.tree.map(jnp.asarray, (hidden, kernel, bias))
-    return LinearLogits(
-        hidden,
-        kernel,
-        bias,
-        temperature=temperature,
-        softcap=softcap,
-        precision=logits.precision,
-        block_bytes=logits.block_bytes,
-    )
+    options = {"temperature": temperature, "softcap": softcap}
+    return replace(logits, {"hidden": hidden, "kernel": kernel, "bias": bias} | options)
 
 
-def of_rows(layer: LinearLogits) -> dict[str, Array]:
+def per_row_fields(layer: LinearLogits) -> dict[str, Array]:
     """What each row has of its own."""
     per_row: dict[str, Any] = {"temperature": layer.temperature} if np.ndim(layer.temperature) else {}
     return per_row | {"hidden": layer.hidden}
 
 
-def of_all(layer: LinearLogits) -> dict[str, Array]:
+def shared_fields(layer: LinearLogits) -> dict[str, Array]:
     """What the rows have in common."""
-    fields = {name: getattr(layer, name) for name in ARRAYS if name not in of_rows(layer)}
+    fields = {name: getattr(layer, name) for name in ARRAYS if name not in per_row_fields(layer)}
     return {name: x for name, x in fields.items() if not contracts.is_number(x)}
 
 
@@ -181,9 +174,9 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
     """Something harmless in place of what is hidden: it will be multiplied by a gradient of zero."""
     if counts is None:
         return layer
-    own = of_rows(layer)
-    fields = {"hidden": keep(counts[..., None], own.pop("hidden"))}
-    return replace(layer, fields | {name: keep(counts, x, 1) for name, x in own.items()})
+    others = {"hidden": 0}  # and a temperature of 1
+    fields = per_row_fields(layer)
+    return replace(layer, {name: keep(counts, x, others.get(name, 1)) for name, x in fields.items()})
 
 
 def product(block: LinearLogits) -> Array:
@@ -218,9 +211,9 @@ def _operand(block: LinearLogits, dz: Array) -> Array:
 
 
 def gradient(
-    moves: LinearLogits, block: LinearLogits, d_product: Array, class_mask: Array | None = None
+    perturbed: LinearLogits, block: LinearLogits, d_product: Array, class_mask: Array | None = None
 ) -> LinearLogits:
-    """The gradients of hidden, kernel and bias as far as they move, None for the rest, in the accumulation dtype."""
+    """Gradients of hidden, kernel and bias where they are perturbed, else None, in the accumulation dtype."""
     dz = _operand(block, d_product)
     n = string.ascii_uppercase[: dz.ndim - 1]  # axes of rows
     hidden, kernel = block.hidden, block.kernel
@@ -228,19 +221,19 @@ def gradient(
         # 0 * NaN: a column that some rows have in force has made these NaN already
         seen = class_mask[None] if class_mask.ndim == 1 else jnp.isfinite(kernel)
         kernel = jnp.where(seen, kernel, 0)
-    fields = dict.fromkeys(of_rows(block) | of_all(block))
-    if moves.hidden:
+    fields = dict.fromkeys(per_row_fields(block) | shared_fields(block))
+    if perturbed.hidden:
         fields["hidden"] = _einsum(block, f"{n}v,dv->{n}d", dz, kernel)
-    if moves.kernel:
+    if perturbed.kernel:
         fields["kernel"] = _einsum(block, f"{n}d,{n}v->dv", hidden, dz)
-    if moves.bias:
+    if perturbed.bias:
         fields["bias"] = jnp.sum(d_product, tuple(range(dz.ndim - 1)))
     return replace(block, fields)
 
 
-def moving_options(moves: LinearLogits, block: LinearLogits) -> dict[str, Array]:
+def perturbed_options(perturbed: LinearLogits, block: LinearLogits) -> dict[str, Array]:
     """Those that are differentiated, which jax does."""
-    return {name: getattr(block, name) for name in OPTIONS if getattr(moves, name) is True}
+    return {name: getattr(block, name) for name in OPTIONS if getattr(perturbed, name) is True}
 
 
 def _einsum(block: LinearLogits, subscripts: str, a: Array, b: Array) -> Array:

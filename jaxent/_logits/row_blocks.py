@@ -1,7 +1,7 @@
 """Linear logits in blocks of rows, each with all its classes: 3 matmuls for a weighted sum, 4 for results per row.
 
 A block function maps the logits `[R, V]` of R rows, of one or more linear layers, and whatever else belongs to these
-rows to results `[R]`. jax differentiates it, block by block. Rows may be in groups (`layout.Rows`): then `[N]` is
+rows to results `[R]`. jax differentiates it, block by block. Rows may be in groups (`layout.RowLayout`): then `[N]` is
 `[n, *groups]` and `[R]` is `[r, *groups]` everywhere.
 """
 
@@ -15,26 +15,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._derivatives import (
-    Moving,
+    Perturbed,
     instantiate,
     is_symbolic_zero,
     reverse_mode_only,
     stopping_early,
-    values_and_moving,
+    values_and_perturbed,
     varying_like,
     with_forward_mode,
 )
 from .._numerics import accumulation_dtype, limit
-from .._reduction import keep
+from .._rows import keep
+from .layout import RowLayout
 from .linear import (
     LinearLogits,
     from_product,
     gradient,
-    moving_options,
-    of_all,
-    of_rows,
+    per_row_fields,
+    perturbed_options,
     product,
     replace,
+    shared_fields,
     without_hidden_rows,
 )
 
@@ -47,12 +48,17 @@ class Inputs(NamedTuple):
     rows: Any  # pytree of [N, ...]
     shared: Any  # pytree of what all rows have in common
     class_mask: Array | None = None  # [V] or [N, V], where NaN may be hidden by it
-    needed: Array | None = (
-        None  # bool [N]: rows that are left out, but for their derivatives, count with a weight of 0
-    )
+    needed: Array | None = None  # bool [N]: only weights ask for the others' results; None: as `counts`
+
+    def grouped(self, layout: RowLayout) -> "Inputs":
+        layers = tuple(replace(x, layout.grouped(per_row_fields(x))) for x in self.layers)
+        mask = self.class_mask
+        mask = layout.grouped(mask) if mask is not None and mask.ndim > 1 else mask
+        counts, rows, needed = layout.grouped((self.counts, self.rows, self.needed))
+        return Inputs(layers, counts, rows, self.shared, mask, needed)
 
 
-# fn(logits of each layer, counts, rows, shared) -> (real results, integer results), pytrees of [R]
+# fn(logits of each layer, counts, rows, shared) -> (results, results without derivative), pytrees of [R, ...]
 BlockFunction = Callable[[tuple[Array, ...], Array | None, Any, Any], tuple[Any, Any]]
 Static = tuple[BlockFunction, int]  # and how many rows a block has
 
@@ -62,7 +68,7 @@ class Summed(NamedTuple):
 
     fn: BlockFunction
     size: int
-    moving: Moving
+    perturbed: Perturbed
     every: bool  # rows of weight 0, too
 
 
@@ -71,8 +77,8 @@ def map_rows(fn: BlockFunction, size: int, inputs: Inputs) -> tuple[Any, Any]:
     return reverse_mode_only(_mapped)((fn, size), varying_like(inputs, inputs))
 
 
-def sum_rows(fn: BlockFunction, size: int, inputs: Inputs, weights: Array) -> Array:
-    """sum_n weights_n fn(...)_n, with `weights` `[N]` and one real result."""
+def sum_rows(fn: BlockFunction, size: int, inputs: Inputs, weights: Array) -> tuple[Array, Any]:
+    """sum_n weights_n fn(...)_n, with `weights` `[N]` and one result `[N]`; and the results without derivative."""
     return _summed((fn, size), *varying_like((inputs, weights), (inputs, weights)))
 
 
@@ -84,15 +90,15 @@ def _mapped_primal(static: Static, inputs: Inputs) -> tuple[Any, Any]:
 
 
 def _mapped_forward(static: Static, inputs: Any) -> tuple[Any, Any]:
-    inputs, moving = values_and_moving(inputs)
-    return _evaluate(static, inputs), (inputs, moving)
+    inputs, perturbed = values_and_perturbed(inputs)
+    return _evaluate(static, inputs), (inputs, perturbed)
 
 
 def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | None]:
-    inputs, moving = residuals
+    inputs, perturbed = residuals
     if all(map(is_symbolic_zero, jax.tree.leaves(g[0], is_leaf=is_symbolic_zero))):
         return (None,)  # nothing depends on these results
-    _, gradients = _differentiate(Summed(*static, moving, False), inputs, instantiate(g[0]))
+    _, gradients = _differentiate(Summed(*static, perturbed, False), inputs, instantiate(g[0]))
     return (_cast(gradients, _Dtypes.of(inputs)),)
 
 
@@ -104,27 +110,27 @@ _mapped.defvjp(_mapped_forward, _mapped_backward, symbolic_zeros=True)
 # rule makes the gradients while it has the logits, and the backward multiplies them.
 
 
-def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> Array:
-    losses, _ = _evaluate(static, inputs)
-    return jnp.sum(weights * limit(weights, losses))
+def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> tuple[Array, Any]:
+    losses, aux = _evaluate(static, inputs)
+    return jnp.sum(weights * limit(weights, losses)), aux
 
 
-def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[Array, Any]:
-    inputs, moving = values_and_moving(inputs)
-    (losses, _), gradients = _differentiate(Summed(*static, moving, weights.perturbed), inputs, weights.value)
+def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[tuple[Array, Any], Any]:
+    inputs, perturbed = values_and_perturbed(inputs)
+    how = Summed(*static, perturbed, weights.perturbed)
+    (losses, aux), gradients = _differentiate(how, inputs, weights.value)
     weights = weights.value
     losses = limit(weights, losses)
     dtypes = _Dtypes.of(inputs)
     residuals = _cast(gradients, dtypes.stored()), losses, dtypes, _Dtypes.of(weights)
-    return jnp.sum(weights * losses), residuals
+    return (jnp.sum(weights * losses), aux), residuals
 
 
 def _summed_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs, Array]:
     gradients, losses, dtypes, of_weights = residuals
-    g = instantiate(g)
-    return _cast(jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), dtypes), _cast(
-        g * losses, of_weights
-    )
+    g = instantiate(g[0])
+    gradients = jax.tree.map(lambda x: g * x.astype(g.dtype), gradients)
+    return _cast(gradients, dtypes), _cast(g * losses, of_weights)
 
 
 _summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))
@@ -154,32 +160,32 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
 @stopping_early
 def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[Any, Inputs]:
     """The results, and the gradients of sum(g * real results), summed in the accumulation dtype."""
-    fn, size, moving, every = static
+    fn, size, perturbed, every = static
     blocks = _Blocks(inputs, size, stop and not every)
-    is_moving: Inputs = moving.tree(inputs)
+    is_perturbed: Inputs = perturbed.tree(inputs)
 
     def step(i: Any) -> tuple[Any, Inputs]:
         block = blocks.take(i)
 
-        def of_moving(products: Any, options: Any, rows: Any, shared: Any) -> Any:
+        def of_perturbed(products: Any, options: Any, rows: Any, shared: Any) -> Any:
             layers = map(replace, block.layers, options)
             logits = tuple(
                 from_product(layer, z, block.class_mask) for layer, z in zip(layers, products, strict=True)
             )
-            rows = _merge(is_moving.rows, rows, block.rows)
-            shared = _merge(is_moving.shared, shared, block.shared)
+            rows = _merge(is_perturbed.rows, rows, block.rows)
+            shared = _merge(is_perturbed.shared, shared, block.shared)
             return fn(logits, block.counts, rows, shared)
 
-        rows, shared = _only(is_moving.rows, block.rows), _only(is_moving.shared, block.shared)
+        rows, shared = _only(is_perturbed.rows, block.rows), _only(is_perturbed.shared, block.shared)
         products = tuple(map(product, block.layers))
-        options = tuple(map(moving_options, is_moving.layers, block.layers))
-        real, vjp, integers = jax.vjp(of_moving, products, options, rows, shared, has_aux=True)
+        options = tuple(map(perturbed_options, is_perturbed.layers, block.layers))
+        real, vjp, integers = jax.vjp(of_perturbed, products, options, rows, shared, has_aux=True)
         cotangent = blocks.keep(blocks.rows_of(g, i), i)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, real)
         d_products, d_options, d_rows, d_shared = vjp(cotangent)
 
         of_layer = functools.partial(_layer_gradient, block.class_mask)
-        d_layers = tuple(map(of_layer, is_moving.layers, block.layers, d_products))
+        d_layers = tuple(map(of_layer, is_perturbed.layers, block.layers, d_products))
         d_layers = tuple(map(replace, d_layers, d_options))
         results = blocks.keep((real, integers), i)
         return results, Inputs(d_layers, None, d_rows, d_shared)
@@ -194,9 +200,9 @@ def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[
 
 
 def _layer_gradient(
-    class_mask: Array | None, moves: LinearLogits, block: LinearLogits, d_product: Array
+    class_mask: Array | None, perturbed: LinearLogits, block: LinearLogits, d_product: Array
 ) -> LinearLogits:
-    found = gradient(moves, block, d_product, class_mask)
+    found = gradient(perturbed, block, d_product, class_mask)
     hidden = found.hidden
     return replace(found, {"hidden": None if hidden is None else hidden.astype(_stored(block.hidden.dtype))})
 
@@ -221,7 +227,7 @@ class _Blocks:
         counts, rows = self.rows_of((inputs.counts, inputs.rows), i)
 
         def of_layer(layer: LinearLogits) -> LinearLogits:
-            return without_hidden_rows(replace(layer, self.rows_of(of_rows(layer), i)), counts)
+            return without_hidden_rows(replace(layer, self.rows_of(per_row_fields(layer), i)), counts)
 
         mask = self.rows_of(mask, i) if mask is not None and mask.ndim > 1 else mask
         return Inputs(tuple(map(of_layer, inputs.layers)), counts, rows, inputs.shared, mask)
@@ -252,8 +258,8 @@ class _Blocks:
             return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
 
         def of_layer(total: LinearLogits, block: LinearLogits) -> LinearLogits:
-            rows = self.put(of_rows(total), i, of_rows(block))
-            return replace(total, rows | plus(of_all(total), of_all(block)))
+            rows = self.put(per_row_fields(total), i, per_row_fields(block))
+            return replace(total, rows | plus(shared_fields(total), shared_fields(block)))
 
         layers = tuple(map(of_layer, total.layers, block.layers))
         return Inputs(layers, None, self.put(total.rows, i, block.rows), plus(total.shared, block.shared))
@@ -267,7 +273,7 @@ class _Blocks:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), tree)
 
         def of_layer(layer: LinearLogits) -> LinearLogits:
-            return replace(layer, self.zeros(of_rows(layer)) | sums(of_all(layer)))
+            return replace(layer, self.zeros(per_row_fields(layer)) | sums(shared_fields(layer)))
 
         layers = tuple(map(of_layer, of_block.layers))
         return Inputs(layers, None, self.zeros(of_block.rows), sums(of_block.shared))
@@ -324,12 +330,12 @@ def _of_each_group(f: Callable[..., Array], index: Array) -> Callable[..., Array
 # What is differentiated, and in which dtype its gradient leaves.
 
 
-def _only(is_moving: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda moves, x: x if moves else None, is_moving, tree)
+def _only(is_perturbed: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda is_it, x: x if is_it else None, is_perturbed, tree)
 
 
-def _merge(is_moving: Any, moved: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda moves, new, x: new if moves else x, is_moving, moved, tree)
+def _merge(is_perturbed: Any, some: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda is_it, new, x: new if is_it else x, is_perturbed, some, tree)
 
 
 @jax.tree_util.register_static

@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from .._derivatives import with_forward_mode
 from .._numerics import exp_difference, limit, product_or_zero
+from .._rows import AxisName
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
@@ -35,10 +36,8 @@ from .._statistics import (
     with_others,
 )
 from . import class_blocks, dense
-from .layout import Classes
+from .layout import ClassLayout
 from .linear import LinearLogits
-
-AxisName = Any  # of a mapped axis, or a tuple of them
 
 
 def statistics(
@@ -46,13 +45,12 @@ def statistics(
     block: Block,
     counts: Array | None,
     axis_name: AxisName,
-    layout: Classes | None = None,
-    width: int | None = None,
+    layout: ClassLayout | None = None,
 ) -> SoftmaxStatistics:
     """The statistics `names` of rows over the classes of all devices along `axis_name`.
 
-    `block` has this device's classes, but the label counts over all of them. Linear logits are cut into blocks of
-    `width` classes of a `layout`.
+    `block` has this device's classes, but the label counts over all of them. Linear logits are cut
+    into blocks of classes.
     """
     here = block.logits.shape[-1]
     first = lax.axis_index(axis_name) * here
@@ -60,13 +58,13 @@ def statistics(
     if block.label is not None:
         block = block._replace(label=jnp.where(bad, -1, block.label - first))
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
-    partial, found = _local(class_blocks.first_pass(names), block, counts, None, layout, width)
+    partial, found = _local(class_blocks.first_pass(names), block, counts, None, layout)
     if "rank" in names:
-        z_y = lax.pmax(found.pop("label_logit"), axis_name)
-        found |= _local(("rank",), lax.stop_gradient(block), counts, z_y, layout, width)[1]
-    m = lax.pmax(lax.stop_gradient(partial.max), axis_name)
+        z_y = lax.pmax(lax.stop_gradient(found.pop("label_logit")), axis_name)
+        found |= _local(("rank",), lax.stop_gradient(block), counts, z_y, layout)[1]
+    m = lax.pmax(lax.stop_gradient(partial.m), axis_name)
     # a NaN is the largest, as in argmax; over devices a maximum may lose it
-    top = jnp.where(jnp.isnan(partial.max), jnp.inf, partial.max)
+    top = jnp.where(jnp.isnan(partial.m), jnp.inf, partial.m)
     holds = top == lax.pmax(lax.stop_gradient(top), axis_name) if "prediction" in names else None
     found = {name: _whole_integer(name, x, holds, first, axis_name) for name, x in found.items()}
     if "rank" in names:
@@ -86,9 +84,9 @@ def _finish(
     names: tuple[str, ...], partial: Partial, m: Array, block: Block, axis_name: AxisName
 ) -> dict[str, Array]:
     """Plain code: one collective after the maximum, of all sums together."""
-    scale = exp_difference(lax.stop_gradient(partial.max), m)
+    scale = exp_difference(lax.stop_gradient(partial.m), m)
     moved = product_or_zero  # 0 * inf = 0: a device with no class in force
-    behind = m - lax.stop_gradient(partial.max)
+    behind = m - lax.stop_gradient(partial.m)
 
     def moments(x: Moments | None) -> Moments | None:
         # a device may have none of the mass, and yet its mass has a derivative
@@ -104,11 +102,11 @@ def _finish(
         sums["others"] = moved(scale, partial.others)
     # the entropy is small where a row is sure of any class, not just of its label
     if partial.others is None or "entropy" in names:
-        holds = partial.max == m
-        sums["rest"] = jnp.where(holds, partial.rest, moved(scale, 1 + partial.rest))
+        holds = partial.m == m
+        sums["rest"] = jnp.where(holds, partial.r, moved(scale, 1 + partial.r))
         sums["holders"] = holds.astype(m.dtype)
     if partial.spread is not None:
-        sums["spread"] = moved(scale, partial.spread + moved(1 + partial.rest, behind))
+        sums["spread"] = moved(scale, partial.spread + moved(1 + partial.r, behind))
     sums = lax.psum({name: x for name, x in sums.items() if x is not None}, axis_name)
 
     label_log_prob = r = log_t = None
@@ -177,11 +175,10 @@ def _local(
     block: Block,
     counts: Array | None,
     z_y: Array | None,
-    layout: Classes | None,
-    width: int | None,
+    layout: ClassLayout | None,
 ) -> tuple[Partial, dict[str, Array]]:
     if isinstance(block.logits, LinearLogits):
-        return class_blocks.all_classes(SUMS, names, layout, width, block, counts, z_y)
+        return class_blocks.all_classes(SUMS, names, layout, block, counts, z_y)
     integers = {}
     z = lax.stop_gradient(block.wide_logits())
     if "prediction" in names:
@@ -195,12 +192,12 @@ def _local(
     return _dense(real, block, counts), integers
 
 
-def _complete(whole: Partial, block: Block) -> Partial:
+def _after_merge(whole: Partial, block: Block) -> Partial:
     return whole if whole.label_logit is None else with_others(whole, block.label, block.logits.shape[-1])
 
 
 SUMS = class_blocks.Rule(
-    _complete,
+    _after_merge,
     lambda names, whole: whole,
     lambda block, whole, results, g: partial_gradient(block, whole, g),
     partial_distribution_gradient,
@@ -208,7 +205,7 @@ SUMS = class_blocks.Rule(
 
 
 def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> Partial:
-    return _complete(partial_statistics(names, block), block)
+    return _after_merge(partial_statistics(names, block), block)
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> Any:

@@ -1,25 +1,54 @@
-"""Statistics and losses of rows, wherever their logits come from."""
+"""Statistics and losses of rows, wherever their logits come from: the one place that chooses how they are cut.
 
+tests/test_linear_compile.py counts what the choice costs; tests/devices/test_explicit.py and test_jit.py guard meshes.
+"""
+
+import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
+from .._derivatives import varying_axes
 from .._devices import is_known, spread
+from .._row_function import Arguments, RowFunction, hoist
+from .._rows import AxisName, Rows, both, keep
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import class_blocks, dense, row_blocks, sharded
-from .explicit import split_of
-from .layout import Classes, Rows
-from .linear import LinearLogits, of_rows, replace
+from .explicit import on_each_device, split_of
+from .layout import ClassLayout, RowLayout
+from .linear import LinearLogits, per_row_fields, replace
 from .plan import classes_of_a_block, plan, rows_of_a_block
 from .row_blocks import BlockFunction, Inputs
-from .sharded import AxisName
 
 ROWS = 128  # at least so many are taken at a time where some do not count
 ROWS_UNKNOWN = 1024  # what a plan takes for the number that a program is to be exported for
+
+
+def losses(f: RowFunction, block: Block, rows: Rows, arguments: Arguments) -> tuple[Array, Any]:
+    """(`f` of all rows, reduced as they ask; aux per row)."""
+    if _in_blocks(f, block, rows, arguments):
+        split = split_of(block.logits)
+        inputs = block, rows.counts, rows.scale(f.dtype), arguments
+        specs = None if split is None else (split.of_block(block), *split.per_row(inputs[1:]))
+        total, aux = on_each_device(functools.partial(_weighted_sum, f), split, specs, inputs)
+        return rows.sum_over_batch(total), aux
+    found = statistics(f.names, block, rows.counts, rows.options.class_axis_name)
+    losses, aux = f.of_rows((), found, rows.counts, arguments, rows.shape)
+    return rows.reduce(losses), aux
+
+
+def _in_blocks(f: RowFunction, block: Block, rows: Rows, arguments: Arguments) -> bool:
+    """Whether a sum can be taken without the statistics of all rows."""
+    if not isinstance(block.logits, LinearLogits) or rows.options.reduction == "none":
+        return False
+    if rows.options.class_axis_name is not None or not f.names or 0 in rows.shape:
+        return False
+    split = split_of(block.logits)
+    # what it closes over has a place on the mesh, and no other on each device
+    return split is None or (split.classes is None and not hoist(f, block, rows.counts, arguments)[1])
 
 
 def statistics(
@@ -35,144 +64,139 @@ def statistics(
             return sharded.statistics(names, block, counts, class_axis_name)
         return dense.statistics(names, block, counts)
     split = split_of(block.logits)
-    if split is not None:
+    specs = None if split is None else (split.of_block(block), split.per_row(counts))
+    name = class_axis_name if split is None else class_axis_name or split.classes
 
-        def on_device(block: Block, counts: Array | None) -> SoftmaxStatistics:
-            return statistics(names, block, counts, class_axis_name or split.classes)
+    def here(block: Block, counts: Array | None) -> tuple[tuple[()], SoftmaxStatistics]:
+        return (), _statistics_of_layer(names, block, counts, name)
 
-        specs = (split.of_block(block), split.of_rows(counts))
-        return split.on_each_device(on_device, specs, (block, counts), P(*split.rows))
-    rows, classes, size, width = cut(block.logits, counts is not None)
-    block, counts = _apart(rows, block), rows.apart(counts)
-    if class_axis_name is not None:
-        width = _classes_at_a_time(block.logits)
-        found = sharded.statistics(names, block, counts, class_axis_name, classes, width)
-    elif size is None:
-        found = class_blocks.statistics(names, classes, width, block, counts)
-    else:
-        own, shared = _own_and_shared(block)
-
-        def fn(logits: tuple[Array, ...], counts: Array | None, own: Any, shared: Any) -> tuple[Any, Any]:
-            found = vars(dense.statistics(names, _join(logits[0], own, shared), counts))
-            real = {name: found[name] for name in names if name not in INTEGER_STATISTICS}
-            return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
-
-        inputs = Inputs((block.logits,), counts, own, shared, block.class_mask)
-        real, integers = row_blocks.map_rows(fn, size, inputs)
-        found = SoftmaxStatistics(**real, **integers)
-    return rows.together(found)
+    return on_each_device(here, split, specs, (block, counts))[1]
 
 
-def weighted_sum(
-    fn: Callable[[SoftmaxStatistics, Array | None, Any, Any], Array],
-    layout: Rows,
-    size: int,
-    names: tuple[str, ...],
-    block: Block,
-    counts: Array | None,
-    needed: Array | None,
-    weights: Array,
-    rows: Any,
-    shared: Any,
-) -> Array:
-    """sum_n weights_n fn(statistics, counts, rows, shared)_n of linear logits, `size` rows of each group at a time.
+def _statistics_of_layer(
+    names: tuple[str, ...], block: Block, counts: Array | None, class_axis_name: AxisName
+) -> SoftmaxStatistics:
+    rows, classes, size = cut(block.logits, counts is not None, class_axis_name is not None)
+    if size is None:
+        block, counts = _grouped(rows, block), rows.grouped(counts)
+        if class_axis_name is None:
+            return rows.ungrouped(class_blocks.statistics(names, classes, block, counts))
+        return rows.ungrouped(sharded.statistics(names, block, counts, class_axis_name, classes))
 
-    `fn` sees `[size, *groups]` rows and must take each by itself; what it closes over is not differentiated. Rows that
-    are not `needed` have a weight of 0.
-    """
-    block = _apart(layout, block)
-    counts, needed, weights, rows = layout.apart((counts, needed, weights, rows))
+    def of_block(
+        logits: tuple[Array, ...], counts: Array | None, per_row: Any, shared: Any
+    ) -> tuple[Any, Any]:
+        found = vars(dense.statistics(names, _joined(logits[0], per_row, shared), counts))
+        real = {name: found[name] for name in names if name not in INTEGER_STATISTICS}
+        return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
 
-    def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
-        found = dense.statistics(names, _join(logits[0], rows[0], shared[0]), counts)
-        return fn(found, counts, rows[1], shared[1]), ()
+    inputs = Inputs((block.logits,), counts, *_rest_of(block), block.class_mask)
+    real, integers = _by_rows(of_block, rows, size, inputs)
+    return SoftmaxStatistics(**real, **integers)
 
-    own, common = _own_and_shared(block)
-    inputs = Inputs((block.logits,), counts, (own, rows), (common, shared), block.class_mask, needed)
-    return row_blocks.sum_rows(of_block, size, inputs, weights)
+
+def _weighted_sum(
+    f: RowFunction, block: Block, counts: Array | None, scale: Array, arguments: Arguments
+) -> tuple[Array, Any]:
+    """(sum_n scale_n f_n of linear logits with all classes in one place, aux per row)."""
+    rows, _, size = cut(block.logits, counts is not None)
+    hoisted, closed_over = hoist(f, block, (counts, scale), arguments)
+    axes = varying_axes((block, counts, scale, arguments))
+    # in a shard_map the trace says of each array over which axes it varies
+    if size is None or any(varying_axes(x) != axes for x in closed_over):
+        losses, aux = f.of_rows((), statistics(f.names, block, counts), counts, arguments, scale.shape)
+        return jnp.sum(scale * keep(counts, losses)), aux
+
+    def of_block(
+        logits: tuple[Array, ...], counts: Array | None, per_row: Any, shared: Any
+    ) -> tuple[Any, Any]:
+        block = _joined(logits[0], per_row[0], shared[0])
+        found = dense.statistics(f.names, block, counts)
+        return hoisted.of_rows(shared[1], found, counts, per_row[1], block.logits.shape[:-1])
+
+    per_row, shared = _rest_of(block)
+    needed = counts
+    if arguments.weightless is not None and not f.has_aux:
+        needed = both(counts, ~arguments.weightless)
+    inputs = Inputs(
+        (block.logits,), counts, (per_row, arguments), (shared, closed_over), block.class_mask, needed
+    )
+    return _by_rows(of_block, rows, size, inputs, scale)
 
 
 def by_blocks_of_rows(
-    fn: BlockFunction,
-    arrays: int,
-    layers: tuple[LinearLogits, ...],
-    counts: Array | None,
-    rows: Any,
-    shared: Any,
-    class_mask: Array | None,
-    weights: Array | None = None,
-) -> Array:
-    """`fn` of several linear layers: its result per row, or their sum where `weights` are given.
+    fn: BlockFunction, arrays: int, inputs: Inputs, weights: Array | None = None
+) -> tuple[Any, Any]:
+    """`fn` of several linear layers: its results per row, or their sum where `weights` are given.
 
     `arrays` is how many arrays of a block's size `fn` and its gradient need at a time.
     """
-    devices = spread((layers, rows))
-    layout = Rows.of(layers[0].shape[:-1], devices)
+    layers = inputs.layers
+    devices = spread((layers, inputs.rows))
+    rows = RowLayout.of(layers[0].shape[:-1], devices)
     block_bytes = devices.known * min(layer.block_bytes for layer in layers)
     itemsize = max(layer.dtype.itemsize for layer in layers)
-    groups = math.prod(layout.groups)
-    number = layout.number if is_known(layout.number) else ROWS_UNKNOWN
-    size = rows_of_a_block(number, groups * layers[0].shape[-1], block_bytes, itemsize, arrays)
-    counts, rows, weights = layout.apart((counts, rows, weights))
-    layers = tuple(replace(x, layout.apart(of_rows(x))) for x in layers)
-    mask = layout.apart(class_mask) if class_mask is not None and class_mask.ndim > 1 else class_mask
-    inputs = Inputs(layers, counts, rows, shared, mask)
-    if weights is not None:
-        inputs = inputs._replace(needed=None if counts is None else counts & (weights != 0))
-        return row_blocks.sum_rows(fn, size, inputs, weights)
-    return layout.together(row_blocks.map_rows(fn, size, inputs)[0])
+    number = rows.number if is_known(rows.number) else ROWS_UNKNOWN
+    width = math.prod(rows.groups) * layers[0].shape[-1]
+    size = rows_of_a_block(number, width, block_bytes, itemsize, arrays)
+    if weights is not None and inputs.counts is not None:
+        inputs = inputs._replace(needed=inputs.counts & (weights != 0))
+    return _by_rows(fn, rows, size, inputs, weights)
 
 
 class Cut(NamedTuple):
     """Linear logits in blocks, of rows with all classes or of classes with all rows."""
 
-    rows: Rows
-    classes: Classes
+    rows: RowLayout
+    classes: ClassLayout
     size: int | None  # how many rows of each group a block has; None where blocks of classes are better
-    width: int  # how many classes a block has otherwise
 
 
-def cut(logits: LinearLogits, masked: bool) -> Cut:
+def cut(logits: LinearLogits, masked: bool, by_classes: bool = False) -> Cut:
     """The plan for one device, of those that surely share the work; each has its part of every block.
 
     Masked rows are left out by whole blocks, so with a mask there should be some.
     """
-    devices = spread(logits)
-    rows, classes = Rows.of(logits.shape[:-1], devices), Classes.of(logits.shape[-1], devices)
-    if not is_known(rows.number):
-        return Cut(rows, classes, None, _classes_at_a_time(logits))
-    platform, itemsize = jax.default_backend(), logits.dtype.itemsize
-    share, features = -(-math.prod(rows.shape) // devices.known), logits.kernel.shape[0]
-    best = plan(share, features, logits.shape[-1], logits.block_bytes, itemsize, platform)
-    width = best.classes
-    if width < logits.shape[-1]:
-        return Cut(rows, classes, None, width)
+    *shape, features = logits.hidden.shape
+    devices, classes, itemsize = spread(logits), logits.shape[-1], logits.dtype.itemsize
+    rows = RowLayout.of(tuple(shape), devices)
+    if by_classes or not is_known(rows.number):
+        number = math.prod(shape) if is_known(rows.number) else ROWS_UNKNOWN
+        width = classes_of_a_block(number, features, classes, logits.block_bytes, itemsize)
+        return Cut(rows, ClassLayout.of(classes, width, devices), None)
+    share = -(-math.prod(shape) // devices.known)
+    best = plan(share, features, classes, logits.block_bytes, itemsize, jax.default_backend())
+    layout = ClassLayout.of(classes, best.classes, devices)
+    if best.classes < classes:
+        return Cut(rows, layout, None)
     size = min(best.rows, max(-(-share // 8), ROWS)) if masked else best.rows
-    return Cut(rows, classes, max(size * devices.known // math.prod(rows.groups), 1), width)
+    return Cut(rows, layout, max(size * devices.known // math.prod(rows.groups), 1))
 
 
-def _classes_at_a_time(logits: LinearLogits) -> int:
-    *rows, features = logits.hidden.shape
-    number, itemsize = math.prod(rows), logits.dtype.itemsize
-    number = number if is_known(number) else ROWS_UNKNOWN
-    return classes_of_a_block(number, features, logits.shape[-1], logits.block_bytes, itemsize)
+def _by_rows(
+    fn: BlockFunction, layout: RowLayout, size: int, inputs: Inputs, weights: Array | None = None
+) -> Any:
+    inputs = inputs.grouped(layout)
+    if weights is None:
+        return layout.ungrouped(row_blocks.map_rows(fn, size, inputs))
+    total, aux = row_blocks.sum_rows(fn, size, inputs, layout.grouped(weights))
+    return total, layout.ungrouped(aux)
 
 
-def _apart(rows: Rows, block: Block) -> Block:
-    logits, mask = block.logits, block.class_mask
-    own, label, distribution = rows.apart((of_rows(logits), block.label, block.distribution))
-    mask = rows.apart(mask) if mask is not None and mask.ndim > 1 else mask
-    return Block(replace(logits, own), label, distribution, block.class_weights, mask)
-
-
-def _own_and_shared(block: Block) -> tuple[Any, Any]:
-    """Everything but the logits: what belongs to the rows, and what they have in common."""
+def _rest_of(block: Block) -> tuple[Any, Any]:
+    """Everything but the logits: what rows have of their own, and what they share."""
     mask = block.class_mask
-    of_rows, of_all = (None, mask) if mask is None or mask.ndim == 1 else (mask, None)
-    return (block.label, block.distribution, of_rows), (block.class_weights, of_all)
+    per_row, shared = (None, mask) if mask is None or mask.ndim == 1 else (mask, None)
+    return (block.label, block.distribution, per_row), (block.class_weights, shared)
 
 
-def _join(logits: Array, own: Any, shared: Any) -> Block:
-    label, distribution, of_rows = own
-    class_weights, of_all = shared
-    return Block(logits, label, distribution, class_weights, of_all if of_rows is None else of_rows)
+def _joined(logits: Any, per_row: Any, shared: Any) -> Block:
+    label, distribution, mask = per_row
+    class_weights, mask_of_all = shared
+    return Block(logits, label, distribution, class_weights, mask_of_all if mask is None else mask)
+
+
+def _grouped(layout: RowLayout, block: Block) -> Block:
+    per_row, shared = _rest_of(block)
+    logits = replace(block.logits, layout.grouped(per_row_fields(block.logits)))
+    return _joined(logits, layout.grouped(per_row), shared)

@@ -1,0 +1,198 @@
+"""A loss as a function of one row: what it reads and closes over, found by tracing it, and `jax.vmap` of it.
+
+What the function does with a row is its own affair: nothing here looks into it. tests/test_functions_of_a_row.py,
+test_linear_functions.py and test_aux.py guard it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from . import _contracts as contracts
+from ._derivatives import varying_like
+from ._numerics import accumulation_dtype
+from ._rows import Rows, both, keep
+from ._statistics import INTEGER_STATISTICS, STATISTICS, Block, SoftmaxStatistics, harmless
+
+
+class Arguments(NamedTuple):
+    """What rows have beside their statistics, `[..., *anything]`."""
+
+    label_weight: Array | None  # w_y, where classes have weights
+    weightless: Array | None  # bool: a weight of 0, where rows have weights
+    row_args: Any  # a pytree
+
+
+class RowFunction(NamedTuple):
+    """`of_row(closed_over, statistics, arguments) -> (loss, aux)` of scalars; aux is a pytree."""
+
+    of_row: Callable[[Any, SoftmaxStatistics, Arguments], tuple[Array, Any]]
+    names: tuple[str, ...]  # of the statistics that it reads: no other is computed
+    classes: int
+    dtype: Any  # of the loss
+    has_aux: bool
+
+    def of_rows(
+        self,
+        closed_over: Any,
+        statistics: SoftmaxStatistics,
+        counts: Array | None,
+        arguments: Arguments,
+        shape: tuple[int, ...],
+    ) -> tuple[Array, Any]:
+        """Of rows `[*shape]`: losses `[*shape]`, and aux `[*shape, ...]`, which is 0 where a row does not count."""
+
+        def of_row(statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
+            return self.of_row(closed_over, statistics, arguments)
+
+        def of_rows(counts: Array | None) -> tuple[Array, Any]:
+            # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
+            kept = jax.tree.map(lambda x: x if _is_key(x) else keep(counts, x), arguments)
+            return _over_rows(of_row, shape)(harmless(counts, statistics, self.classes), kept)
+
+        losses, aux = of_rows(counts)
+        if arguments.weightless is not None:
+            # what is not finite is gone with a weight of 0, and must not be differentiated
+            finite = ~arguments.weightless | jnp.isfinite(losses)
+            counts = both(counts, finite)
+            losses, aux = of_rows(counts)
+            losses = keep(finite, losses)
+        return losses, jax.tree.map(lambda x: keep(counts, x), aux)
+
+
+def row_function(
+    fn: Callable[..., Any], block: Block, rows: Rows, arguments: Arguments, has_aux: bool
+) -> RowFunction:
+    """From `fn(statistics, label_weight, *row_args)`, which gives a loss or with `has_aux` (loss, aux)."""
+    available = available_statistics(block)
+    read: set[str] = set()
+
+    def of_row(_: Any, statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
+        label_weight = 1 if arguments.label_weight is None else arguments.label_weight
+        return _checked(rows.function, fn(statistics, label_weight, *arguments.row_args), has_aux)
+
+    def recording(statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
+        recorder = _Recorder(**vars(statistics))
+        object.__setattr__(recorder, "on_read", read.add)
+        return of_row((), recorder, arguments)
+
+    try:
+        _, (loss, _) = _trace(recording, available, block, (rows.counts, rows.weights), arguments)
+    except TypeError as error:
+        missing = sorted(read.difference(available))
+        if not missing:
+            raise
+        remedy = "Pass class indices; `rank` needs them, `log_prob` a distribution at least."
+        got = "None" if block.distribution is None else "a distribution"
+        expected = f"given for `fn` to read `{missing[0]}`"
+        raise contracts.error(TypeError, rows.function, "labels", expected, got, remedy) from error
+    names = tuple(name for name in available if name in read)
+    return RowFunction(of_row, names, rows.all_classes(block.logits.shape[-1]), loss.dtype, has_aux)
+
+
+def hoist(f: RowFunction, block: Block, like: Any, arguments: Arguments) -> tuple[RowFunction, list[Array]]:
+    """(`f` of the arrays that it closes over, these): a rule must know all that it differentiates.
+
+    In a `shard_map` rows vary as anything in `like` does.
+    """
+    of_row = lambda *row: f.of_row((), *row)  # noqa: E731
+    closed, out = _trace(of_row, f.names, block, like, arguments)
+    jaxpr, treedef = closed.jaxpr, jax.tree.structure(out)
+    # the rule holds no traced constant, which would leak with it
+    constants = [None if isinstance(x, jax.Array) else x for x in closed.consts]
+
+    def run(closed_over: Any, statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
+        arrays = iter(closed_over)
+        consts = [next(arrays) if x is None else x for x in constants]
+        found = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves((statistics, arguments)))
+        return jax.tree.unflatten(treedef, found)
+
+    return f._replace(of_row=run), [x for x in closed.consts if isinstance(x, jax.Array)]
+
+
+class _Recorder(SoftmaxStatistics):
+    """Statistics that remember which of them were read. As a pytree (fn may be jitted) all of them are."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in STATISTICS:
+            object.__getattribute__(self, "on_read")(name)
+        return object.__getattribute__(self, name)
+
+
+jax.tree_util.register_pytree_node(
+    _Recorder,
+    lambda s: (tuple(getattr(s, name) for name in STATISTICS), None),
+    lambda _, fields: cast(_Recorder, SoftmaxStatistics(*fields)),
+)
+
+
+def available_statistics(block: Block) -> tuple[str, ...]:
+    missing = {"rank"} if block.label is None else set()
+    if block.label is None and block.distribution is None:
+        missing |= {"log_prob", "weighted_log_prob"}
+    return tuple(name for name in STATISTICS if name not in missing)
+
+
+def _trace(
+    of_row: Callable[..., Any], names: tuple[str, ...], block: Block, like: Any, arguments: Arguments
+) -> tuple[ClosedJaxpr, Any]:
+    """(`of_row(statistics, arguments)` of one row as a jaxpr, the shapes of its results)."""
+    found = []
+    one = (1,) * (block.logits.ndim - 1)
+    like = block, like, arguments
+
+    def probe(*row: Any) -> None:
+        found.append(jax.make_jaxpr(of_row, return_shape=True)(*row))
+
+    def of_one_row(arguments: Arguments) -> None:
+        real = accumulation_dtype(block.logits.dtype)
+        dtypes = {name: jnp.int32 if name in INTEGER_STATISTICS else real for name in names}
+        statistics = SoftmaxStatistics(**{name: jnp.zeros(one, dtype) for name, dtype in dtypes.items()})
+        _over_rows(probe, one, None)(*varying_like(like, (statistics, arguments)))
+
+    def of_row_alone(x: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(one + x.shape[len(one) :], x.dtype)
+
+    jax.eval_shape(of_one_row, jax.tree.map(of_row_alone, arguments))
+    return found[0]
+
+
+def _over_rows(f: Callable[..., Any], shape: tuple[int, ...], out_axes: int | None = 0) -> Callable[..., Any]:
+    """`f` of one row as a function of rows `shape`."""
+    for size in reversed(shape):
+        f = jax.vmap(f, out_axes=out_axes, axis_size=size)
+    return f
+
+
+def _checked(function: str, found: Any, has_aux: bool) -> tuple[Array, Any]:
+    loss, aux = found, ()
+    if has_aux:
+        if not (isinstance(found, tuple) and len(found) == 2):
+            remedy = "With `has_aux` it returns `(loss, aux)`."
+            got = f"one to {_described(found)}"
+            contracts.fail(ValueError, function, "fn", "a function of one row to a pair", got, remedy)
+        loss, aux = found
+    is_real = isinstance(loss, jax.Array | float) and not jnp.iscomplexobj(loss)
+    if not is_real or np.shape(loss):
+        remedy = (
+            "It sees one row: scalar statistics, and row arguments without the axes of rows; `reduction` does the "
+            "rest. What has a value for each row must be a row argument: pass it as one, do not close over it."
+        )
+        got = f"one to {_described(loss)}"
+        contracts.fail(ValueError, function, "fn", "a function of one row to a scalar", got, remedy)
+    loss = jnp.asarray(loss)
+    aux = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), aux)
+    return loss.astype(accumulation_dtype(loss.dtype)), aux
+
+
+def _described(x: Any) -> str:
+    return contracts.describe(x) if isinstance(x, jax.Array) else f"a {type(x).__name__}"
+
+
+def _is_key(x: Array) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.extended))  # random keys hide nothing
