@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._derivatives import instantiate, values_and_perturbed, varying_like, with_forward_mode
+from ._derivatives import instantiate, values_and_perturbed, varying_like, with_forward_mode, with_slope
 from ._logits import sources
 from ._logits.explicit import on_each_device, split_of
 from ._logits.linear import LinearLogits
@@ -85,7 +85,7 @@ def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     pair = pair._replace(p=keep_gradient(pair.counts, pair.p), q=keep_gradient(pair.counts, pair.q))
     # what is known of all classes is made anew for second derivatives; nothing of its making is kept for them
     whole = jax.checkpoint(functools.partial(_whole, static, axis_name=axis_name))(pair)
-    return lax.stop_gradient(whole.sums[0]) + _add(_slope(static, pair, whole), axis_name)
+    return with_slope(whole.sums[0], _add(_slope(static, pair, whole), axis_name))
 
 
 def divergence_of_layers(
@@ -126,7 +126,7 @@ def _of_split_layers(static: Static, pair: Pair, axis_name: AxisName) -> Array:
     whole = _first(static, pair.temperature, first, axis_name)
     whole = _second(whole, sums(_second_sums, whole), axis_name)
     whole = whole._replace(sums=_add(sums(_third_sums, whole), axis_name))
-    return lax.stop_gradient(whole.sums[0]) + _add(_slope_of_layers(static, pair, whole), axis_name)
+    return with_slope(whole.sums[0], _add(_slope_of_layers(static, pair, whole), axis_name))
 
 
 def _by_blocks(

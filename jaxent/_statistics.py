@@ -131,7 +131,6 @@ class Partial(NamedTuple):
     weighted: Moments | None = None
     uniform: Moments | None = None
     classes: Array | None = None  # how many are in force
-    others: Array | None = None  # sum_j e_j without the label's class: of a device's slice of the classes
 
 
 LabelLane = tuple[Array, Array] | None  # where it is, [..., V], and z_y, if r may do with its digits
@@ -315,7 +314,7 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
     return found
 
 
-def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict[str, Array]) -> Array:
+def logits_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
     """d/dz_j of sum over the statistics of g * statistic, for the classes of a block: the gradient rule.
 
     Derivation. log p_j = z_j - m - log1p(r) and dp_k/dz_j = p_k (1[k = j] - p_j), so
@@ -342,7 +341,7 @@ def logits_gradient(block: Block, whole: Partial, entropy: Array | None, g: dict
         terms.append(per_class * block.uniform(z.dtype))
         terms.append(-(per_class * whole.uniform.mass[..., None] * share) * e)
     if "entropy" in g:
-        log_p = (z - m) - jnp.log1p(r)
+        log_p, entropy = (z - m) - jnp.log1p(r), finish(("entropy",), whole)["entropy"]
         terms.append(-(g["entropy"] * share) * product_or_zero(e, log_p + entropy[..., None]))
     for name, moments in (("log_prob", whole.distribution), ("weighted_log_prob", whole.weighted)):
         if name not in g:
@@ -378,55 +377,6 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
         g[name][..., None] * product_or_zero(scale, log_p) for name, scale in scales.items() if name in g
     ]
     return block.in_force(sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p))
-
-
-def with_others(partial: Partial, label: Array, classes: int) -> Partial:
-    """`partial` with the sum over all classes but the label's, which is in this block or in none of its `classes`."""
-    here = (label >= 0) & (label < classes)
-    e_y = jnp.where(here, exp_difference(partial.label_logit, _finite(partial.m)), 0)
-    others = (1 - e_y) + partial.r
-    return partial._replace(others=jnp.where(partial.m == -jnp.inf, 0, others))
-
-
-def partial_gradient(block: Block, partial: Partial, g: Partial) -> Array:
-    """d/dz_j of sum over the fields of g * field; m is a shift on which in the end nothing depends."""
-    z, m = block.wide_logits(), _finite(partial.m)[..., None]
-    e = exp_difference(z, m)
-    terms = []
-
-    def add(g: Array | None, slope: Array) -> None:
-        if g is not None:
-            terms.append(g[..., None] * slope)
-
-    add(g.r, e)
-    if block.label is not None:
-        hit = block.hit()
-        add(g.others, jnp.where(hit, 0, e))
-        add(g.label_logit, jnp.where(hit, 1, 0).astype(z.dtype))
-    if g.spread is not None:
-        add(g.spread, product_or_zero(e, (m - z) - 1))
-    targets = {"distribution": block.distribution, "weighted": None, "uniform": None}
-    if g.weighted is not None:
-        targets["weighted"] = block.weighted_distribution()
-    if g.uniform is not None:
-        targets["uniform"] = block.uniform(z.dtype)
-    for name, t in targets.items():
-        moments = getattr(g, name)
-        if moments is not None:
-            add(moments.deviation, -jnp.broadcast_to(t, z.shape).astype(z.dtype))
-    return sum(terms[1:], start=terms[0])
-
-
-def partial_distribution_gradient(block: Block, partial: Partial, g: Partial) -> Array:
-    """d/dq_j of the same."""
-    deviation = limit(block.distribution, _finite(partial.m)[..., None] - block.wide_logits())
-    one, w = jnp.ones((), deviation.dtype), block.weights_of_classes(deviation.dtype)
-    gradient = jnp.zeros_like(deviation)
-    for moments, scale in ((g.distribution, one), (g.weighted, w)):
-        if moments is not None:
-            along = product_or_zero(scale, deviation)
-            gradient += moments.deviation[..., None] * along + moments.mass[..., None] * scale
-    return block.in_force(gradient)
 
 
 def _finite(m: Array) -> Array:

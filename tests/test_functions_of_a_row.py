@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax, nn
+from jax import export, lax, nn
 
 import harness
 import jaxent
@@ -378,6 +378,37 @@ def test_reductions(source, reduction):
     losses = where * weights * labels[::-1] * np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
     want = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (where * weights).sum()}
     np.testing.assert_allclose(got, want[reduction], rtol=2e-6, atol=2e-6)
+
+
+def test_losses_of_other_dtypes():
+    z = layer_of(FLAT).dense()
+    place = jaxent.softmax_statistics(z, LABELS, names=["rank"]).rank
+    for fn, want in (
+        (lambda s: s.rank, place.mean()),
+        (lambda s: s.rank < 3, (place < 3).mean()),
+        (lambda s: 0.5, 0.5),
+    ):
+        got = jaxent.softmax_loss(fn, z, LABELS)
+        assert got.dtype == F32
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@everywhere
+def test_export_for_any_number_of_rows(source):
+    kernel = layer_of(FLAT).kernel
+
+    def f(hidden, label, wide, scale):
+        fn = lambda s, w: (scale * s.log_prob * jnp.sort(w)[0], s.rank)  # noqa: E731
+        logits = logits_of(source, jaxent.LinearLogits(hidden, kernel))
+        return jaxent.softmax_loss(fn, logits, label, wide, has_aux=True)
+
+    f = compiled(jax.value_and_grad(f, (0, 3), has_aux=True))
+    (n,) = export.symbolic_shape("n")
+    with harness.blocks(source):
+        types = ((n, 4), F32), ((n,), jnp.int32), ((n, 3), F32), ((), F32)
+        exported = export.export(f)(*(jax.ShapeDtypeStruct(*x) for x in types))
+    arguments = layer_of(FLAT).hidden, LABELS, WIDE, F32(0.3)
+    assert_same(exported.call(*arguments), f(*arguments))
 
 
 @everywhere

@@ -128,6 +128,7 @@ FUNCTIONS = {
     "checkpointed": jax.checkpoint(lambda s, old, scale: jnp.exp(scale * jnp.sin(s.log_prob)) * old * s.entropy),
     "vmapped": lambda s, wide: jax.vmap(lambda s, x: jnp.sin(x * s.log_prob), (None, 0))(s, wide).sum(),
     "a gradient": lambda s, old, scale: jax.grad(lambda x: jnp.sin(x * s.log_prob * scale))(old),
+    "another loss": lambda s, wide: jaxent.softmax_cross_entropy(wide, jnp.asarray(1)) * s.log_prob - s.entropy,
     "a prediction": lambda s: jnp.where(s.rank < 2, s.log_prob, s.prediction.astype(F32)),
     "no statistics": lambda s, advantage, scale: scale * advantage**2,
     "no row": lambda s, scale: scale**2,

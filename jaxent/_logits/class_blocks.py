@@ -25,17 +25,13 @@ from .._derivatives import (
 from .._devices import is_known
 from .._rows import keep
 from .._statistics import (
-    INTEGER_STATISTICS,
     Block,
     Partial,
-    SoftmaxStatistics,
     distribution_gradient,
-    finish,
     identity,
     logits_gradient,
     merge,
     partial_statistics,
-    poison,
 )
 from . import dense, linear
 from .layout import ClassLayout
@@ -44,27 +40,7 @@ from .row_blocks import blocks_that_count, order_of_rows, put_rows, take_rows
 ROWS = 256  # at least so many are taken at a time where some do not count
 
 
-class Rule(NamedTuple):
-    """What is made of the partial statistics over all classes, and the gradient for a block of them."""
-
-    after_merge: Callable[[Partial, Block], Partial]
-    results: Callable[[tuple[str, ...], Partial], Any]  # of names
-    logits_gradient: Callable[
-        [Block, Partial, Any, Any], Array
-    ]  # (block of classes, whole, results, cotangents)
-    distribution_gradient: Callable[[Block, Partial, Any], Array]  # (block of classes, whole, cotangents)
-
-
-STATISTICS = Rule(
-    lambda whole, block: poison(whole, block.label),
-    finish,
-    lambda block, whole, results, g: logits_gradient(block, whole, results.get("entropy"), g),
-    distribution_gradient,
-)
-
-
 class Static(NamedTuple):
-    rule: Rule
     names: tuple[str, ...]  # of statistics
     layout: ClassLayout
     rows: int  # that a block has of each group
@@ -73,75 +49,80 @@ class Static(NamedTuple):
 class Inputs(NamedTuple):
     block: Block  # its logits are a LinearLogits of hidden [N, D]
     counts: Array | None  # bool [N]
-    label_logit: Array | None  # z_y [N], if the rank is asked for
+    of_rows: Any  # pytree of [N]
     needed: Any  # how many blocks of rows hold rows that count
 
 
-def statistics(
-    names: tuple[str, ...], layout: ClassLayout, block: Block, counts: Array | None
-) -> SoftmaxStatistics:
-    """The statistics `names` of N rows; `block.logits` is a LinearLogits of hidden `[N, D]`."""
-    real, integers = all_classes(STATISTICS, first_pass(names), layout, block, counts)
-    if "rank" in names:
-        z_y = integers.pop("label_logit")
-        _, found = all_classes(STATISTICS, ("rank",), layout, lax.stop_gradient(block), counts, z_y)
-        integers["rank"] = jnp.where(block.label >= 0, found["rank"], block.logits.shape[-1])
-    return SoftmaxStatistics(**real, **integers)
-
-
-def first_pass(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The rank takes a second one: it compares all logits with the label's, to the last bit that of its block."""
-    return tuple("label_logit" if name == "rank" else name for name in names)
-
-
-def all_classes(
-    rule: Rule,
-    names: tuple[str, ...],
+def partials(
     layout: ClassLayout,
+    names: tuple[str, ...],
     block: Block,
     counts: Array | None,
     label_logit: Array | None = None,
-) -> tuple[Any, dict[str, Array]]:
-    """(results of `rule`, statistics without derivative) of N rows; for the rank with z_y `[N]`."""
+) -> tuple[Partial, dict[str, Array]]:
+    """(the partial statistics that `names` need, statistics that are integers) of N rows; the rank asks for z_y `[N]`.
+
+    Their derivative is asked for where a gradient is differentiated: the gradient itself is that of `slope`.
+    """
+    return _in_blocks_of_rows(_partials, Static(names, layout, 0), block, counts, label_logit)
+
+
+def slope(
+    layout: ClassLayout, names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial
+) -> dict[str, Array]:
+    """Zeros `[N]` whose derivative by these classes is that of the statistics `names`, made of all classes: `whole`."""
+    return _in_blocks_of_rows(_slope, Static(names, layout, 0), block, counts, whole)
+
+
+def _in_blocks_of_rows(rule: Any, static: Static, block: Block, counts: Array | None, of_rows: Any) -> Any:
+    """`rule` of all rows, or of some at a time, of which those that do not count are left out."""
     rows, *groups, _ = block.logits.hidden.shape
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
     blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if is_known(rows) else 1
     if counts is None or wide or blocks < 2:
-        inputs = Inputs(block, counts, label_logit, jnp.ones((), jnp.int32))
-        return _apply(Static(rule, names, layout, rows), inputs)
+        return _apply(
+            rule, static._replace(rows=rows), Inputs(block, counts, of_rows, jnp.ones((), jnp.int32))
+        )
     size = -(-rows // blocks)
     order = order_of_rows(counts, size * blocks, (rows, *groups))  # beyond N: what fills the last block
-    of_rows = linear.per_row_fields(block.logits), block.label, label_logit
-    per_row, label, label_logit = take_rows(order, of_rows)
+    per_row, label, of_rows = take_rows(order, (linear.per_row_fields(block.logits), block.label, of_rows))
     block = block._replace(logits=linear.replace(block.logits, per_row), label=label)
     needed = blocks_that_count(counts, size)
     counts = take_rows(order, counts) & (order < rows)
-    found = _apply(Static(rule, names, layout, size), Inputs(block, counts, label_logit, needed))
+    found = _apply(rule, static._replace(rows=size), Inputs(block, counts, of_rows, needed))
     return put_rows(order, jax.tree.map(lambda x: jnp.zeros((rows, *groups), x.dtype), found), found)
 
 
-def _apply(static: Static, inputs: Inputs) -> Any:
-    return reverse_mode_only(_rule)(static, varying_like(inputs, inputs))
+def _apply(rule: Any, static: Static, inputs: Inputs) -> Any:
+    return reverse_mode_only(rule)(static, varying_like(inputs, inputs))
 
 
-def _primal(static: Static, inputs: Inputs) -> Any:
-    return _forward_pass(static, _hide(inputs))[0]
+def _partials_primal(static: Static, inputs: Inputs) -> Any:
+    return _forward_pass(static, _hide(inputs))
 
 
-def _forward(static: Static, inputs: Any) -> Any:
+_partials = jax.custom_vjp(_partials_primal, nondiff_argnums=(0,))
+_partials.defvjp(lambda static, inputs: (_partials_primal(static, inputs), None), lambda *_: (None,))
+
+
+def _slope_primal(static: Static, inputs: Inputs) -> dict[str, Array]:
+    m = inputs.of_rows.m
+    return {name: varying_like(inputs, jnp.zeros_like(m)) for name in static.names}
+
+
+def _slope_forward(static: Static, inputs: Any) -> Any:
     inputs, perturbed = values_and_perturbed(inputs)
-    found, whole = _forward_pass(static, _hide(inputs))
-    return found, (inputs, whole, found[0], perturbed)
+    return _slope_primal(static, inputs), (inputs, perturbed)
 
 
-def _backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
-    inputs, whole, results, perturbed = residuals
-    gradient = _backward_pass((static, perturbed), _hide(inputs), whole, results, instantiate(g[0]))
+def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
+    inputs, perturbed = residuals
+    gradient = _backward_pass((static, perturbed), _hide(inputs), instantiate(g))
     return (Inputs(gradient, None, None, None),)
 
 
-_rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_rule.defvjp(_forward, _backward, symbolic_zeros=True)
+_slope = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
+_slope.defvjp(_slope_forward, _slope_backward, symbolic_zeros=True)
 
 
 def _hide(inputs: Inputs) -> Inputs:
@@ -155,8 +136,7 @@ def _hide(inputs: Inputs) -> Inputs:
 
 
 @stopping_early
-def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Partial]:
-    """The results, and the partial statistics over all classes that they are made from."""
+def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Partial, dict[str, Array]]:
     names = static.names
     block = inputs.block
 
@@ -169,7 +149,7 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
             lane = jnp.argmax(z, -1).astype(jnp.int32)
             integers["prediction"] = static.layout.of_lane(lane, start, classes)
         if "rank" in names:
-            above = ~(z <= _rows(inputs.label_logit, row, static.rows)[..., None]) & ~part.hit()
+            above = ~(z <= _rows(inputs.of_rows, row, static.rows)[..., None]) & ~part.hit()
             integers["rank"] = jnp.sum(above, -1, dtype=jnp.int32)
         return partial_statistics(
             names, part, dense.platform_max_and_rest, dense.platform_select_label
@@ -198,25 +178,14 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Part
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_integers)
     whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
-    if "label_logit" in names:
-        integers["label_logit"] = lax.stop_gradient(whole.label_logit)
-    whole = static.rule.after_merge(whole, block)
-    real = tuple(name for name in names if name not in INTEGER_STATISTICS)
-    return (static.rule.results(real, whole), integers), whole
+    return whole, integers
 
 
 @stopping_early
-def _backward_pass(
-    stop: bool,
-    how: tuple[Static, Perturbed],
-    inputs: Inputs,
-    whole: Partial,
-    results: Any,
-    g: Any,
-) -> Block:
-    """The gradients of what is differentiated, None for the rest."""
+def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g: dict[str, Array]) -> Block:
+    """The gradients of what is perturbed, None for the rest."""
     static, perturbed = how
-    block = inputs.block
+    block, whole = inputs.block, inputs.of_rows
     is_perturbed: Block = perturbed.tree(inputs).block
 
     def tile(start: Any, classes: int, row: Any) -> Block:
@@ -227,19 +196,18 @@ def _backward_pass(
 
         options = linear.perturbed_options(is_perturbed.logits, part.logits)
         z, vjp = jax.vjp(from_product, options, linear.product(part.logits))
-        of_rows = _rows((whole, results, g, inputs.counts), row, static.rows)
-        part_whole, part_results, part_g, counts = of_rows
+        part_whole, part_g, counts = _rows((whole, g, inputs.counts), row, static.rows)
         built = part._replace(logits=z)
 
         def of_counting_rows(x: Array) -> Array:
             # a select, so that NaN in a row that does not count stays there
             return x if counts is None else jnp.where(counts[..., None], x, 0)
 
-        dz = of_counting_rows(static.rule.logits_gradient(built, part_whole, part_results, part_g))
+        dz = of_counting_rows(logits_gradient(built, part_whole, part_g))
         d_options, d_product = vjp(dz)
         distribution = None
         if is_perturbed.distribution:
-            distribution = of_counting_rows(static.rule.distribution_gradient(built, part_whole, part_g))
+            distribution = of_counting_rows(distribution_gradient(built, part_whole, part_g))
         layer = linear.gradient(is_perturbed.logits, part.logits, d_product, part.class_mask)
         return Block(linear.replace(layer, d_options), distribution=distribution)
 

@@ -45,25 +45,53 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
     return SoftmaxStatistics(**found)
 
 
-def _whole(names: tuple[str, ...], block: Block) -> Partial:
-    return poison(partial_statistics(names, block, platform_max_and_rest, platform_select_label), block.label)
+def partials(
+    names: tuple[str, ...], block: Block, counts: Array | None, label_logit: Array | None = None
+) -> tuple[Partial, dict[str, Array]]:
+    """As `class_blocks.partials`, of classes that are an array."""
+    integers, z = {}, lax.stop_gradient(block.wide_logits())
+    if "prediction" in names:
+        integers["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
+    if "rank" in names:
+        integers["rank"] = jnp.sum(~(z <= label_logit[..., None]), -1, dtype=jnp.int32)
+    # made anew where a gradient is differentiated; nothing is kept for that
+    partial = jax.checkpoint(functools.partial(partial_statistics, names))(hide(block, counts))
+    return partial, integers
+
+
+def slope(names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial) -> dict[str, Array]:
+    """As `class_blocks.slope`."""
+    inputs = block, counts, whole
+    return _slope(names, *varying_like(inputs, inputs))
 
 
 def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[str, Array]:
     return finish(names, _whole(names, block))
 
 
+def _whole(names: tuple[str, ...], block: Block) -> Partial:
+    return poison(partial_statistics(names, block, platform_max_and_rest, platform_select_label), block.label)
+
+
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
     whole = _whole(names, hide(block, counts))
-    found = finish(names, whole)
-    return found, (block, whole, found.get("entropy"), counts)
+    return finish(names, whole), (block, counts, whole)
 
 
 def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tuple[Any, None]:
-    block, whole, entropy, counts = residuals
+    block, counts, whole = residuals
     block = hide(block, counts)
-    distribution = None if block.distribution is None else distribution_gradient(block, whole, g)
-    return of_counting_rows(block, counts, logits_gradient(block, whole, entropy, g), distribution), None
+
+    def of_counting_rows(x: Array, like: Array) -> Array:
+        # a select, so that NaN in a row that does not count stays there
+        x = x if counts is None else jnp.where(counts[..., None], x, 0)
+        return x.astype(like.dtype)
+
+    q = block.distribution
+    d_q = None if q is None else of_counting_rows(distribution_gradient(block, whole, g), q)
+    d_z = of_counting_rows(logits_gradient(block, whole, g), block.logits)
+    d_weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
+    return Block(d_z, None, d_q, d_weights, None), None
 
 
 def hide(block: Block, counts: Array | None) -> Block:
@@ -73,22 +101,23 @@ def hide(block: Block, counts: Array | None) -> Block:
     return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
 
 
-def of_counting_rows(block: Block, counts: Array | None, logits: Array, distribution: Array | None) -> Block:
-    """Gradients of a block as a rule returns them: in the dtypes of the block, 0 in rows that do not count."""
-
-    def of(x: Array, like: Array) -> Array:
-        # a select, so that NaN in a row that does not count stays there
-        x = x if counts is None else jnp.where(counts[..., None], x, 0)
-        return x.astype(like.dtype)
-
-    q = None if distribution is None else of(distribution, block.distribution)
-    weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
-    return Block(of(logits, block.logits), None, q, weights, None)
-
-
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _rule.defvjp(_forward, _backward)
 _real_statistics = with_forward_mode(_rule)
+
+
+def _slope_primal(
+    names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial
+) -> dict[str, Array]:
+    return {name: jnp.zeros_like(whole.m) for name in names}
+
+
+_slope_rule = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
+_slope_rule.defvjp(
+    lambda names, *inputs: (_slope_primal(names, *inputs), inputs),
+    lambda *arguments: (*_backward(*arguments), None),
+)
+_slope = with_forward_mode(_slope_rule)
 
 
 # On one CPU, XLA hands a reduction to its fast library only where everything in it is plain float arithmetic: a

@@ -1,26 +1,27 @@
-"""A class axis that is split over devices: each sums over its own classes; collectives of a few numbers per row add
-up the sums.
+"""Statistics from partial ones: of classes in blocks, and of a class axis that is split over devices.
 
-Symbols as in `_statistics`. Which device holds the largest logit, the term that is left out of r, would have to be
-agreed on: several may. The label, though, is on one device. So with integer labels its term is left out instead,
+Symbols as in `_statistics`. Each device sums over its own classes; one maximum, and one sum of a few numbers per row,
+make of that the partial statistics of all classes. They are plain code, of which jax knows the transposes in each kind
+of mapping. Which device holds the largest logit, the term that is left out of r, would have to be agreed on: several
+may. The label, though, is on one device. So with integer labels its term is left out instead,
 
-    S = sum_{j != y} e_j      c = z_y - m      T = S + exp(c)      log p_y = c - log T
+    S = sum_{j != y} e_j        r = S + (e_y - 1)
 
-with log T = log1p(S) where c = 0. Nothing is subtracted, so a loss of 1e-30 keeps its digits; and
-d log p_y / dc = S / T, never 1 - p. Without integer labels, and for the entropy, it is counted how many devices hold
-the largest logit: r = sum of all terms but one of each such device, plus how many they are, less 1.
+which is S where the label's logit is the largest, and else S >= 1: nothing cancels. Without integer labels, and for the
+entropy, which is as small as r in a row that is sure of another class, it is counted how many devices hold the largest.
 
-Rules of differentiation are those of the sums of one device. The collectives stay outside of them, where jax knows
-what their transposes are in each kind of mapping.
+The gradient is the one formula, for the classes of a device. It is the derivative of a function that is 0 (`slope`) of
+these classes and of what is known of all; the latter has no part in it, but keeps its own derivative for second ones.
+tests/devices/test_split_classes.py and test_collectives.py guard it.
 """
 
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._derivatives import with_forward_mode
+from .._derivatives import with_slope
 from .._numerics import exp_difference, limit, product_or_zero
 from .._rows import AxisName
 from .._statistics import (
@@ -29,15 +30,11 @@ from .._statistics import (
     Moments,
     Partial,
     SoftmaxStatistics,
-    partial_distribution_gradient,
-    partial_gradient,
-    partial_statistics,
-    select_label,
-    with_others,
+    finish,
+    poison,
 )
 from . import class_blocks, dense
 from .layout import ClassLayout
-from .linear import LinearLogits
 
 
 def statistics(
@@ -47,179 +44,82 @@ def statistics(
     axis_name: AxisName,
     layout: ClassLayout | None = None,
 ) -> SoftmaxStatistics:
-    """The statistics `names` of rows over the classes of all devices along `axis_name`.
+    """The statistics `names` of rows over the classes of all devices along `axis_name`, or of this one if it is None.
 
-    `block` has this device's classes, but the label counts over all of them. Linear logits are cut
-    into blocks of classes.
+    `block` has this device's classes, but the label counts over all of them. Linear logits have a `layout`.
     """
-    here = block.logits.shape[-1]
-    first = lax.axis_index(axis_name) * here
-    bad = None if block.label is None else block.label < 0
-    if block.label is not None:
-        block = block._replace(label=jnp.where(bad, -1, block.label - first))
+    partials: Any = dense.partials
+    slope: Any = dense.slope
+    if layout is not None:
+        partials = functools.partial(class_blocks.partials, layout)
+        slope = functools.partial(class_blocks.slope, layout)
+    label, classes, first = block.label, block.logits.shape[-1], 0
+    if axis_name is not None:
+        first, classes = lax.axis_index(axis_name) * classes, classes * lax.axis_size(axis_name)
+        if label is not None:
+            block = block._replace(label=jnp.where(label < 0, -1, label - first))
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
-    partial, found = _local(class_blocks.first_pass(names), block, counts, None, layout)
+
+    # the rank takes a second pass: it compares all logits with the label's, to the last bit that of its block
+    first_pass = tuple("label_logit" if name == "rank" else name for name in names)
+    partial, found = partials(first_pass, block, counts)
     if "rank" in names:
-        z_y = lax.pmax(lax.stop_gradient(found.pop("label_logit")), axis_name)
-        found |= _local(("rank",), lax.stop_gradient(block), counts, z_y, layout)[1]
-    m = lax.pmax(lax.stop_gradient(partial.m), axis_name)
+        z_y = lax.stop_gradient(partial.label_logit)
+        z_y = z_y if axis_name is None else lax.pmax(z_y, axis_name)
+        above = partials(("rank",), lax.stop_gradient(block), counts, z_y)[1]["rank"]
+        above = above if axis_name is None else lax.psum(above, axis_name)
+        found["rank"] = jnp.where(label >= 0, above, classes)
+    if "prediction" in names and axis_name is not None:
+        found["prediction"] = _first_of_all(partial.m, found["prediction"] + first, axis_name)
+
+    whole = poison(partial if axis_name is None else _of_all_devices(real, partial, block, axis_name), label)
+    zeros = slope(real, block, counts, whole)
+    zeros = zeros if axis_name is None else lax.psum(zeros, axis_name)
+    return SoftmaxStatistics(**found, **with_slope(finish(real, whole), zeros))
+
+
+def _first_of_all(m: Array, prediction: Array, axis_name: AxisName) -> Array:
     # a NaN is the largest, as in argmax; over devices a maximum may lose it
-    top = jnp.where(jnp.isnan(partial.m), jnp.inf, partial.m)
-    holds = top == lax.pmax(lax.stop_gradient(top), axis_name) if "prediction" in names else None
-    found = {name: _whole_integer(name, x, holds, first, axis_name) for name, x in found.items()}
-    if "rank" in names:
-        found["rank"] = jnp.where(bad, here * lax.axis_size(axis_name), found["rank"])
-    ok = jnp.isfinite(m) if bad is None else jnp.isfinite(m) & ~bad
-    found |= _finish(real, partial, jnp.where(ok, m, jnp.nan), block, axis_name)
-    return SoftmaxStatistics(**found)
+    m = lax.stop_gradient(jnp.where(jnp.isnan(m), jnp.inf, m))
+    holds = m == lax.pmax(m, axis_name)
+    return lax.pmin(jnp.where(holds, prediction, jnp.iinfo(jnp.int32).max), axis_name)
 
 
-def _whole_integer(name: str, x: Array, holds: Array | None, first: Array, axis_name: AxisName) -> Array:
-    if name == "rank":
-        return lax.psum(x, axis_name)
-    return lax.pmin(jnp.where(holds, x + first, jnp.iinfo(jnp.int32).max), axis_name)
-
-
-def _finish(
-    names: tuple[str, ...], partial: Partial, m: Array, block: Block, axis_name: AxisName
-) -> dict[str, Array]:
-    """Plain code: one collective after the maximum, of all sums together."""
-    scale = exp_difference(lax.stop_gradient(partial.m), m)
-    moved = product_or_zero  # 0 * inf = 0: a device with no class in force
-    behind = m - lax.stop_gradient(partial.m)
+def _of_all_devices(names: tuple[str, ...], partial: Partial, block: Block, axis_name: AxisName) -> Partial:
+    """The partial statistics over all classes: one collective after the maximum, of all sums together."""
+    m_here = lax.stop_gradient(partial.m)
+    m = lax.pmax(m_here, axis_name)
+    scale, behind = exp_difference(m_here, m), m - m_here
 
     def moments(x: Moments | None) -> Moments | None:
         # a device may have none of the mass, and yet its mass has a derivative
         return None if x is None else Moments(x.deviation + x.mass * limit(x.mass, behind), x.mass)
 
+    # 0 * inf = 0: a device with no class in force
+    terms = product_or_zero(scale, 1 + partial.r)
     sums: dict[str, Any] = {
-        name: moments(getattr(partial, name)) for name in ("distribution", "weighted", "uniform")
+        "distribution": moments(partial.distribution),
+        "weighted": moments(partial.weighted),
+        "uniform": moments(partial.uniform),
+        "classes": partial.classes,
+        "label_weight": partial.label_weight,
     }
-    sums |= {"classes": partial.classes, "label_weight": partial.label_weight}
-    if partial.others is not None:
-        label_here = (block.label >= 0) & (block.label < block.logits.shape[-1])
-        sums["c"] = jnp.where(label_here, partial.label_logit - m, 0)
-        sums["others"] = moved(scale, partial.others)
-    # the entropy is small where a row is sure of any class, not just of its label
-    if partial.others is None or "entropy" in names:
-        holds = partial.m == m
-        sums["rest"] = jnp.where(holds, partial.r, moved(scale, 1 + partial.r))
-        sums["holders"] = holds.astype(m.dtype)
     if partial.spread is not None:
-        sums["spread"] = moved(scale, partial.spread + moved(1 + partial.r, behind))
+        sums["spread"] = product_or_zero(scale, partial.spread + product_or_zero(1 + partial.r, behind))
+    here = None
+    if partial.label_logit is not None:
+        here = (block.label >= 0) & (block.label < block.logits.shape[-1])
+        sums["label_logit"] = jnp.where(here, partial.label_logit, 0)
+    if partial.label_logit is not None and "entropy" not in names:
+        e_y = exp_difference(partial.label_logit, jnp.where(m_here == -jnp.inf, 0, m_here))
+        others = product_or_zero(scale, (1 - e_y) + partial.r)
+        sums["others"] = jnp.where(here, others, terms)
+    else:
+        holds = m_here == m
+        sums |= {"rest": jnp.where(holds, partial.r, terms), "holders": holds.astype(m.dtype)}
     sums = lax.psum({name: x for name, x in sums.items() if x is not None}, axis_name)
-
-    label_log_prob = r = log_t = None
-    if partial.others is not None:
-        log_t = _log_total(sums["others"], sums["c"])
-        label_log_prob = _log_prob(sums["others"], sums["c"])
-    if "rest" in sums:
-        r = sums["rest"] + (sums["holders"] - 1)
-        log_t = jnp.log1p(r)
-    poison = m - m
-
-    def expectation(x: Moments) -> Array:
-        return -(x.deviation + x.mass * limit(x.mass, log_t))
-
-    found: dict[str, Array] = {}
-    for name in names:
-        match name:
-            case "log_prob" | "weighted_log_prob" if label_log_prob is not None:
-                found[name] = label_log_prob
-                if name == "weighted_log_prob" and "label_weight" in sums:
-                    found[name] = sums["label_weight"] * limit(sums["label_weight"], found[name])
-            case "log_prob":
-                found[name] = expectation(sums["distribution"])
-            case "weighted_log_prob":
-                found[name] = expectation(sums["weighted"])
-            case "mean_log_prob":
-                found[name] = expectation(sums["uniform"]) / sums["classes"]
-            case "log_normalizer":
-                found[name] = m + log_t
-            case "entropy":
-                found[name] = log_t + sums["spread"] / (1 + r)
-    return {name: x + poison for name, x in found.items()}
-
-
-@jax.custom_jvp
-def _log_total(s: Array, c: Array) -> Array:
-    """log(s + exp(c)): where the label's logit is the largest, c = 0, to all digits of s."""
-    top = c == 0
-    return jnp.where(top, jnp.log1p(jnp.where(top, s, 0)), jnp.log(jnp.where(top, 1, s + jnp.exp(c))))
-
-
-@_log_total.defjvp
-def _log_total_jvp(primals: Any, tangents: Any) -> Any:
-    (s, c), (ds, dc) = primals, tangents
-    e_y = jnp.exp(c)
-    return _log_total(s, c), (ds + e_y * dc) / (s + e_y)
-
-
-@jax.custom_jvp
-def _log_prob(s: Array, c: Array) -> Array:
-    """c - log(s + exp(c))."""
-    return c - _log_total(s, c)
-
-
-@_log_prob.defjvp
-def _log_prob_jvp(primals: Any, tangents: Any) -> Any:
-    (s, c), (ds, dc) = primals, tangents
-    return _log_prob(s, c), (s * dc - ds) / (s + jnp.exp(c))
-
-
-# The partial statistics of one device.
-
-
-def _local(
-    names: tuple[str, ...],
-    block: Block,
-    counts: Array | None,
-    z_y: Array | None,
-    layout: ClassLayout | None,
-) -> tuple[Partial, dict[str, Array]]:
-    if isinstance(block.logits, LinearLogits):
-        return class_blocks.all_classes(SUMS, names, layout, block, counts, z_y)
-    integers = {}
-    z = lax.stop_gradient(block.wide_logits())
-    if "prediction" in names:
-        integers["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
-    if "label_logit" in names:
-        integers["label_logit"] = select_label(z, block.hit())
-    if "rank" in names:
-        integers["rank"] = jnp.sum(~(z <= z_y[..., None]), -1, dtype=jnp.int32)
-        return None, integers
-    real = tuple(name for name in names if name not in INTEGER_STATISTICS)
-    return _dense(real, block, counts), integers
-
-
-def _after_merge(whole: Partial, block: Block) -> Partial:
-    return whole if whole.label_logit is None else with_others(whole, block.label, block.logits.shape[-1])
-
-
-SUMS = class_blocks.Rule(
-    _after_merge,
-    lambda names, whole: whole,
-    lambda block, whole, results, g: partial_gradient(block, whole, g),
-    partial_distribution_gradient,
-)
-
-
-def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> Partial:
-    return _after_merge(partial_statistics(names, block), block)
-
-
-def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> Any:
-    partial = _primal(names, dense.hide(block, counts), counts)
-    return partial, (block, partial, counts)
-
-
-def _backward(names: tuple[str, ...], residuals: Any, g: Partial) -> tuple[Block, None]:
-    block, partial, counts = residuals
-    block = dense.hide(block, counts)
-    distribution = None if block.distribution is None else partial_distribution_gradient(block, partial, g)
-    return dense.of_counting_rows(block, counts, partial_gradient(block, partial, g), distribution), None
-
-
-_rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_rule.defvjp(_forward, _backward)
-_dense = with_forward_mode(_rule)
+    if "others" in sums:
+        r = sums.pop("others") + (exp_difference(sums["label_logit"], m) - 1)
+    else:
+        r = sums.pop("rest") + (sums.pop("holders") - 1)
+    return Partial(m=m, r=r, **sums)

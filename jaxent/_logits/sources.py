@@ -16,7 +16,7 @@ from .._devices import is_known, spread
 from .._row_function import Arguments, RowFunction, hoist
 from .._rows import AxisName, Rows, both, keep
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
-from . import class_blocks, dense, row_blocks, sharded
+from . import dense, row_blocks, sharded
 from .explicit import on_each_device, split_of
 from .layout import ClassLayout, RowLayout
 from .linear import LinearLogits, per_row_fields, replace
@@ -79,8 +79,6 @@ def _statistics_of_layer(
     rows, classes, size = cut(block.logits, counts is not None, class_axis_name is not None)
     if size is None:
         block, counts = _grouped(rows, block), rows.grouped(counts)
-        if class_axis_name is None:
-            return rows.ungrouped(class_blocks.statistics(names, classes, block, counts))
         return rows.ungrouped(sharded.statistics(names, block, counts, class_axis_name, classes))
 
     def of_block(
@@ -111,7 +109,7 @@ def _weighted_sum(
         logits: tuple[Array, ...], counts: Array | None, per_row: Any, shared: Any
     ) -> tuple[Any, Any]:
         block = _joined(logits[0], per_row[0], shared[0])
-        found = dense.statistics(f.names, block, counts)
+        found = dense.statistics(hoisted.names, block, counts)
         return hoisted.of_rows(shared[1], found, counts, per_row[1], block.logits.shape[:-1])
 
     per_row, shared = _rest_of(block)
