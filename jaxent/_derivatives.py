@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 
@@ -51,15 +52,26 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@jax.custom_jvp
+def zeros_like_any(like: Any, x: Array) -> Array:
+    """Zeros like `x`, that vary over devices, and that a `vmap` maps over, if anything in `like` does.
+
+    As the result of a rule: cotangents of a result that all have in common would be added up.
+    """
+    zero = jnp.zeros_like(x)
+    for leaf in jax.tree.leaves(like):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            # XLA knows that it is 0
+            zero = zero + jnp.where(jnp.zeros((), bool), leaf[(0,) * leaf.ndim].astype(x.dtype), 0)
+    return varying_like(like, zero)
+
+
 def with_slope(value: Any, zero: Any) -> Any:
     """`value` with the derivative of `zero`. In what is made of a derivative it is plain, and has its own again."""
-    return value
+    return _with_slope(*varying_like((value, zero), (value, zero)))
 
 
-@with_slope.defjvp
-def _with_slope_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
+_with_slope = jax.custom_jvp(lambda value, _: value)
+_with_slope.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
 
 
 def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -167,13 +167,12 @@ def softmax_js_divergence(
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
       target_logits: the shape of `logits`, or `LinearLogits`.
-      temperature: T > 0, divides both: a Python number, or an array `[]` or `[...]`, one per row, which is a value: it
-        may be traced, and be another one each time without a new compilation.
+      temperature: T > 0, divides both; this and all that follow are as in `softmax_kl_divergence`.
       axis: the class axis.
-      where: bool `[...]`; a False row is gone.
-      weights: real `[...]`, a factor per row; of weight 0 a row adds nothing, even if it holds NaN.
-      class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both, even if it holds NaN.
-      reduction: "none", "sum" or "mean" (sum(weights * loss) / sum(weights)).
+      where: bool `[...]`.
+      weights: real `[...]`.
+      class_mask: bool `[V]` or the shape of `logits`.
+      reduction: "none", "sum" or "mean".
       class_axis_name: of a mapped axis along which the classes of both are split.
       batch_axis_name: of a mapped axis along which the rows are split.
 
@@ -186,17 +185,13 @@ def softmax_js_divergence(
 
     Numerics:
       With s = log(q / p) / 2 the loss is sum_j h_j (s_j tanh s_j - log cosh s_j), each term >= 0, as accurate as
-      `softmax_kl_divergence`. Disjoint supports give log 2. A temperature in an array that is not positive and finite
-      gives NaN.
+      `softmax_kl_divergence`. Disjoint supports give log 2.
 
     Cost:
-      Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
-      With a split class axis a layer is multiplied three times, once more for gradients.
+      That of `softmax_kl_divergence`.
 
     Raises:
-      TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a temperature known as a number that is not positive and finite; an axis that is
-        `class_axis_name` and `batch_axis_name`.
+      As `softmax_kl_divergence`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent

@@ -25,7 +25,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._derivatives import instantiate, values_and_perturbed, varying_like, with_forward_mode, with_slope
+from ._derivatives import (
+    instantiate,
+    values_and_perturbed,
+    varying_like,
+    with_forward_mode,
+    with_slope,
+    zeros_like_any,
+)
 from ._logits import sources
 from ._logits.explicit import on_each_device, split_of
 from ._logits.linear import LinearLogits
@@ -363,7 +370,7 @@ _slope = with_forward_mode(_rule)
 
 
 def _layers_primal(static: Static, pair: Pair, whole: Whole) -> Array:
-    return varying_like((pair, whole), jnp.zeros_like(whole.sums[0]))
+    return zeros_like_any((pair, whole), whole.sums[0])
 
 
 def _layers_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:

@@ -83,7 +83,7 @@ def row_function(
 
     try:
         _, (loss, _) = _trace(recording, available, block, (rows.counts, rows.weights), arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         missing = sorted(read.difference(available))
         if not missing:
             raise
@@ -102,17 +102,21 @@ def hoist(f: RowFunction, block: Block, like: Any, arguments: Arguments) -> tupl
     """
     of_row = lambda *row: f.of_row((), *row)  # noqa: E731
     closed, out = _trace(of_row, f.names, block, like, arguments)
-    jaxpr, treedef = closed.jaxpr, jax.tree.structure(out)
-    # the rule holds no traced constant, which would leak with it
-    constants = [None if isinstance(x, jax.Array) else x for x in closed.consts]
+    is_array = [isinstance(x, jax.Array) for x in closed.consts]
+    closed_over = [x for x, it_is in zip(closed.consts, is_array, strict=True) if it_is]
 
-    def run(closed_over: Any, statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
+    def run(closed_over: list[Array], row: list[Array]) -> list[Array]:
         arrays = iter(closed_over)
-        consts = [next(arrays) if x is None else x for x in constants]
-        found = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves((statistics, arguments)))
-        return jax.tree.unflatten(treedef, found)
+        consts = [next(arrays) if it_is else x for x, it_is in zip(closed.consts, is_array, strict=True)]
+        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*row)
 
-    return f._replace(of_row=run), [x for x in closed.consts if isinstance(x, jax.Array)]
+    # once more: what the rule keeps holds no traced array, which would leak with it
+    opened, treedef = jax.make_jaxpr(run)(closed_over, list(closed.in_avals)), jax.tree.structure(out)
+
+    def hoisted(closed_over: list[Array], *row: Any) -> tuple[Array, Any]:
+        return jax.tree.unflatten(treedef, jaxpr_as_fun(opened)(*closed_over, *jax.tree.leaves(row)))
+
+    return f._replace(of_row=hoisted), closed_over
 
 
 class _Recorder(SoftmaxStatistics):
@@ -177,8 +181,8 @@ def _checked(function: str, found: Any, has_aux: bool) -> tuple[Array, Any]:
             got = f"one to {_described(found)}"
             contracts.fail(ValueError, function, "fn", "a function of one row to a pair", got, remedy)
         loss, aux = found
-    is_real = isinstance(loss, jax.Array | float) and not jnp.iscomplexobj(loss)
-    if not is_real or np.shape(loss):
+    is_number = isinstance(loss, jax.Array | np.ndarray | np.generic | float | int)
+    if not is_number or np.iscomplexobj(loss) or np.shape(loss):
         remedy = (
             "It sees one row: scalar statistics, and row arguments without the axes of rows; `reduction` does the "
             "rest. What has a value for each row must be a row argument: pass it as one, do not close over it."

@@ -350,11 +350,11 @@ def total_weight(
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, P(*sharding.spec, None))
     rows = Rows.of(function, options, np.shape(labels), sharding, "labels")
-    if class_weights is None:
-        _, rows = rows.class_labels(labels, 2**31 - 1)
-    else:
+    if class_weights is not None:
         class_weights = rows.class_weights(np.size(class_weights))
         label, rows = rows.class_labels(labels, rows.all_classes(class_weights.shape[0]))
         rows = rows.weigh_labels(class_weights, label)
+    elif ignore_index is not None:
+        _, rows = rows.class_labels(labels, 2**31 - 1)
     dtypes = (x.dtype for x in (rows.weights, rows.label_weight) if x is not None)
     return rows.total_weight(accumulation_dtype(*dtypes))

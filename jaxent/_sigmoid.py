@@ -111,12 +111,11 @@ def sigmoid_focal_loss(
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
       gamma: focusing exponent >= 0; 0 is cross-entropy. A number, or an array `[]`.
       alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1]. A number, or an array `[]`.
-      where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
-      pos_weight: a further weight of positives: a number >= 0, or an array of shape `[]` or `[V]`.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
-      reduction: "none", "sum" or "mean"; the mean divides by the elements, not by the positives of a
-        detector.
+      where: bool `[...]`; like all that follow as in `sigmoid_cross_entropy`.
+      weights: real `[...]`.
+      pos_weight: a further weight of positives: `[]` or `[V]`.
+      label_smoothing: a in [0, 1].
+      reduction: "none", "sum" or "mean"; the mean divides by the elements, not by the positives of a detector.
 
     Returns:
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
@@ -130,11 +129,10 @@ def sigmoid_focal_loss(
       down to where float32 ends. L(z, 1) == L(-z, 0) bit for bit without alpha.
 
     Cost:
-      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels.
+      That of `sigmoid_cross_entropy`.
 
     Raises:
-      TypeError: logits that are not floating point; complex labels; a mask that is not bool.
-      ValueError: shapes that differ, an option out of range, NumPy labels outside [0, 1].
+      As `sigmoid_cross_entropy`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -186,10 +184,10 @@ def sigmoid_asymmetric_loss(
       gamma_negative: focusing exponent of negatives, >= 0. A number, or an array `[]`.
       gamma_positive: focusing exponent of positives, >= 0. A number, or an array `[]`.
       clip: negatives with a probability below it are off, in [0, 1). A Python number.
-      where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
-      pos_weight: weight of positives: a number >= 0, or an array of shape `[]` or `[V]`, the last axis.
-      label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
+      where: bool `[...]`; like all that follow as in `sigmoid_cross_entropy`.
+      weights: real `[...]`.
+      pos_weight: weight of positives: `[]` or `[V]`.
+      label_smoothing: a in [0, 1].
       reduction: "none", "sum" or "mean".
 
     Returns:
@@ -205,11 +203,10 @@ def sigmoid_asymmetric_loss(
       -log(clip), not infinite.
 
     Cost:
-      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels.
+      That of `sigmoid_cross_entropy`.
 
     Raises:
-      TypeError: logits that are not floating point; complex labels; a mask that is not bool.
-      ValueError: shapes that differ, an option out of range, NumPy labels outside [0, 1].
+      As `sigmoid_cross_entropy`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent

@@ -156,15 +156,13 @@ def softmax_focal_loss(
       With respect to `logits` (and a distribution), to any order and in forward mode.
 
     Numerics:
-      1 - p_y is -expm1(log p_y): exact where p_y rounds to 1. Bad labels and hidden rows as in
-      `softmax_cross_entropy`.
+      As `softmax_cross_entropy`; 1 - p_y is -expm1(log p_y), exact where p_y rounds to 1.
 
     Cost:
       That of `softmax_cross_entropy`.
 
     Raises:
-      TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; a gamma that is negative or not finite.
+      As `softmax_cross_entropy`; ValueError: a gamma that is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -235,15 +233,13 @@ def softmax_poly_loss(
       With respect to `logits` (and a distribution), to any order and in forward mode.
 
     Numerics:
-      1 - p_y is -expm1(log p_y): exact where p_y rounds to 1. Bad labels and hidden rows as in
-      `softmax_cross_entropy`.
+      As `softmax_cross_entropy`; 1 - p_y is -expm1(log p_y), exact where p_y rounds to 1.
 
     Cost:
       That of `softmax_cross_entropy`.
 
     Raises:
-      TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; an epsilon below -1 or not finite.
+      As `softmax_cross_entropy`; ValueError: an epsilon below -1 or not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxent

@@ -111,15 +111,16 @@ ERRORS = {
         ALL, {"logits": np.zeros((4, 0), F32)}, ValueError,
         "`logits` must be over at least one class, but is float32[4, 0]. There is no distribution over no classes.",
     ),
-    "fn [N, 1]": (
-        ("softmax_loss",), {"fn": lambda s: s.entropy[:, None]}, ValueError,
-        "`fn` must be a function to losses of shape [4], but is float32[4, 1]. "
-        "It maps statistics `[...]`, one value per row, to one loss per row; `reduction` does the rest.",
+    "fn [N]": (
+        ("softmax_loss",), {"fn": lambda s: s.entropy * np.ones(4, F32)}, ValueError,
+        "`fn` must be a function of one row to a scalar, but is one to float32[4]. It sees one row: scalar statistics, "
+        "and row arguments without the axes of rows; `reduction` does the rest. What has a value for each row must be "
+        "a row argument: pass it as one, do not close over it.",
     ),
-    "fn []": (
-        ("softmax_loss",), {"fn": lambda s: s.entropy.mean()}, ValueError,
-        "`fn` must be a function to losses of shape [4], but is float32[]. "
-        "It maps statistics `[...]`, one value per row, to one loss per row; `reduction` does the rest.",
+    "fn without aux": (
+        ("softmax_loss",), {"fn": lambda s: s.entropy, "has_aux": True}, ValueError,
+        "`fn` must be a function of one row to a pair, but is one to float32[]. "
+        "With `has_aux` it returns `(loss, aux)`.",
     ),
     # dtypes
     "float indices": (WITH_LABELS, {"labels": Y.astype(F32)}, TypeError, f"{FORMS} float32[4]. {INDICES}"),
@@ -273,7 +274,7 @@ def test_errors(name):
 
 def run(function, arguments):
     if "fn" in arguments:
-        return jaxent.softmax_loss(arguments["fn"], Z, Y)
+        return jaxent.softmax_loss(arguments["fn"], Z, Y, has_aux=arguments.get("has_aux", False))
     return call(function, **arguments)
 
 

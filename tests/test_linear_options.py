@@ -16,7 +16,7 @@ from tables import spread
 VALUES = {
     "labels": np.array([3, 10, 0, 99, 5, 1, 7], np.int32),
     "target_logits": layer_of(FLAT, seed=5),
-    "fn": lambda s, *args: sum(args, -s.log_prob),
+    "fn": lambda s, *args: (sum(args, -s.log_prob), {"hit": s.rank < 2, "entropy": s.entropy}),
     "row_args": (ADVANTAGE,),
     "axis": 1,
     "where": np.arange(7) != 4,
@@ -31,6 +31,7 @@ VALUES = {
     "temperature": 2.0,
     "names": ("rank", "log_prob"),
     "reduction": ("none", "sum", "mean"),
+    "has_aux": True,
     "class_axis_name": "classes",
     "batch_axis_name": "rows",
 }

@@ -106,7 +106,8 @@ def test_row_arguments_keep_their_dtype_behind_a_mask():
     key = jax.random.split(jax.random.key(0), 4)
 
     def fn(s, flag, key):
-        assert key.shape == (4,)
+        assert key.shape == flag.shape == ()
+        assert flag.dtype == jnp.bool_ and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         return jnp.where(~flag, -s.log_prob, 0)
 
     where = jnp.array([True, True, True, False])

@@ -21,6 +21,7 @@ from .._derivatives import (
     stopping_early,
     values_and_perturbed,
     varying_like,
+    zeros_like_any,
 )
 from .._devices import is_known
 from .._rows import keep
@@ -106,8 +107,7 @@ _partials.defvjp(lambda static, inputs: (_partials_primal(static, inputs), None)
 
 
 def _slope_primal(static: Static, inputs: Inputs) -> dict[str, Array]:
-    m = inputs.of_rows.m
-    return {name: varying_like(inputs, jnp.zeros_like(m)) for name in static.names}
+    return {name: zeros_like_any(inputs, inputs.of_rows.m) for name in static.names}
 
 
 def _slope_forward(static: Static, inputs: Any) -> Any:
