@@ -143,7 +143,7 @@ def softmax_kl_divergence(
     """
     names = class_axis_name, batch_axis_name
     options = Options(axis, where, None, weights, None, class_mask, reduction, *names)
-    return _divergence("softmax_kl_divergence", logits, target_logits, temperature, options)
+    return _divergence("kl", logits, target_logits, temperature, options)
 
 
 @contracts.takes_arrays
@@ -204,13 +204,13 @@ def softmax_js_divergence(
     """
     names = class_axis_name, batch_axis_name
     options = Options(axis, where, None, weights, None, class_mask, reduction, *names)
-    return _divergence("softmax_js_divergence", logits, target_logits, temperature, options)
+    return _divergence("js", logits, target_logits, temperature, options)
 
 
 def _divergence(
-    function: str, logits: Any, target_logits: Any, temperature: contracts.Number, options: Options
+    kind: str, logits: Any, target_logits: Any, temperature: contracts.Number, options: Options
 ) -> Array:
-    axis, name = options.axis, options.class_axis_name
+    function, axis, name = f"softmax_{kind}_divergence", options.axis, options.class_axis_name
     check_logits(function, logits, axis)
     check_logits(function, target_logits, axis, "target_logits")
     shape = np.shape(logits)
@@ -220,21 +220,21 @@ def _divergence(
         contracts.fail(ValueError, function, "target_logits", expected, got, remedy)
     of_rows = tuple(np.delete(shape, axis).tolist())
     temperature = contracts.number(function, "temperature", temperature, TEMPERATURE, rows=of_rows)
-    z_p, z_q = (
-        checked(function, z, argument)
-        if isinstance(z, LinearLogits) and z.hidden.size
-        else jnp.moveaxis(z.dense() if isinstance(z, LinearLogits) else jnp.asarray(z), axis, -1)
-        for z, argument in ((logits, "logits"), (target_logits, "target_logits"))
-    )
+
+    def prepared(z: Any, argument: str) -> Any:
+        if not isinstance(z, LinearLogits):
+            return jnp.moveaxis(jnp.asarray(z), axis, -1)
+        return checked(function, z, argument) if z.hidden.size else z.dense()
+
+    z_p, z_q = prepared(logits, "logits"), prepared(target_logits, "target_logits")
     sharding = sharding_of(z_p, z_q)
     z_p, z_q = (z if isinstance(z, LinearLogits) else split_as(sharding, ALL, z) for z in (z_p, z_q))
     rows = Rows.of(function, options, of_rows, sharding)
     class_mask = prepare_class_mask(rows, shape)
-    static, values = Static("kl" if function == "softmax_kl_divergence" else "js", 1.0), None
     if isinstance(temperature, float):
-        static = static._replace(temperature=temperature)
+        static, values = Static(kind, temperature), None
     else:
-        values = rows.split(jnp.broadcast_to(temperature, of_rows))
+        static, values = Static(kind, 1.0), rows.split(jnp.broadcast_to(temperature, of_rows))
 
     def have_answers() -> Array:
         of_p, of_q = (rows.split(has_answer(Block(z, class_mask=class_mask), name)) for z in (z_p, z_q))
@@ -243,11 +243,9 @@ def _divergence(
     rows = rows.with_answers(have_answers)
     values = None if values is None else keep(rows.counts, values, 1)
     pair = Pair(z_p, z_q, class_mask, rows.counts, values)
-    if not pair.layers:
-        losses = divergence(static, pair, name)
-    elif options.reduction == "none":
-        losses = divergence_of_layers(static, pair, name)
-    else:
+    if pair.layers and options.reduction != "none":
         scale = rows.scale(accumulation_dtype(z_p.dtype, z_q.dtype))
         return rows.sum_over_batch(divergence_of_layers(static, pair, name, scale))
+    f = divergence_of_layers if pair.layers else divergence
+    losses = f(static, pair, name)
     return rows.with_answers(lambda: jnp.isfinite(losses)).reduce(losses)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._derivatives import (
+    Perturbed,
     instantiate,
     values_and_perturbed,
     varying_like,
@@ -82,16 +83,15 @@ class Whole(NamedTuple):
 
     p: Normalizer
     q: Normalizer
-    ratio: Array | None  # K - 1, of the normalizers; -1 where most of q is far from p
-    sums: tuple[Array, ...]  # the divergence, and what else its gradient needs
+    ratio: Array | None = None  # K - 1, of the normalizers; -1 where most of q is far from p
+    sums: tuple[Array, ...] = ()  # the divergence, and what else its gradient needs
 
 
 def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     """Divergences `[...]` of arrays; the gradient of a row that does not count is exactly 0."""
-    pair = varying_like(pair, pair)
-    pair = pair._replace(p=keep_gradient(pair.counts, pair.p), q=keep_gradient(pair.counts, pair.q))
+    pair = _hide(varying_like(pair, pair))
     # what is known of all classes is made anew for second derivatives; nothing of its making is kept for them
-    whole = jax.checkpoint(functools.partial(_whole, static, axis_name=axis_name))(pair)
+    whole = jax.checkpoint(functools.partial(_whole, _at_once, axis_name, static))(pair)
     return with_slope(whole.sums[0], _add(_slope(static, pair, whole), axis_name))
 
 
@@ -99,20 +99,17 @@ def divergence_of_layers(
     static: Static, pair: Pair, axis_name: AxisName = None, weights: Array | None = None
 ) -> Array:
     """Where one or both are linear: by blocks of rows. With `weights` `[...]` their weighted sum."""
-    split = split_of(*pair.layers)
-    specs, name = None, axis_name
+    split, specs = split_of(*pair.layers), None
     if split is not None:
-        both, mask = (split.of_logits(pair.p), split.of_logits(pair.q)), split.of_mask(pair.class_mask)
-        specs, name = (
-            (Pair(*both, mask, *split.per_row(pair[3:])), split.per_row(weights)),
-            axis_name or split.classes,
-        )
+        axis_name = axis_name or split.classes
+        p, q, mask = split.of_logits(pair.p), split.of_logits(pair.q), split.of_mask(pair.class_mask)
+        specs = Pair(p, q, mask, *split.per_row(pair[3:])), split.per_row(weights)
 
     def here(pair: Pair, weights: Array | None) -> tuple[Any, Any]:
-        if name is None:
-            found = _by_blocks(lambda pair, _: divergence(static, pair), pair, None, weights)
+        if axis_name is None:
+            found = _by_blocks(lambda static, pair, _: divergence(static, pair), static, pair, None, weights)
         else:
-            found = _of_split_layers(static, pair, name)
+            found = _of_split_layers(static, pair, axis_name)
             found = found if weights is None else jnp.sum(weights * found)
         return ((), found) if weights is None else (found, ())
 
@@ -121,37 +118,38 @@ def divergence_of_layers(
 
 
 def _of_split_layers(static: Static, pair: Pair, axis_name: AxisName) -> Array:
-    pair = pair._replace(
-        p=pair.p if isinstance(pair.p, LinearLogits) else keep_gradient(pair.counts, pair.p),
-        q=pair.q if isinstance(pair.q, LinearLogits) else keep_gradient(pair.counts, pair.q),
-    )
-
-    def sums(f: Callable[..., Any], whole: Whole | None) -> Any:
-        return _by_blocks(functools.partial(f, static), pair, whole)
-
-    first = sums(lambda static, pair, _: _first_sums(static, pair), None)
-    whole = _first(static, pair.temperature, first, axis_name)
-    whole = _second(whole, sums(_second_sums, whole), axis_name)
-    whole = whole._replace(sums=_add(sums(_third_sums, whole), axis_name))
+    pair = _hide(pair)
+    whole = _whole(_by_blocks, axis_name, static, pair)
     return with_slope(whole.sums[0], _add(_slope_of_layers(static, pair, whole), axis_name))
 
 
+def _hide(pair: Pair) -> Pair:
+    """`pair`, whose rows that do not count have a derivative of 0; layers have that from `_by_blocks`."""
+    p, q = (z if isinstance(z, LinearLogits) else keep_gradient(pair.counts, z) for z in (pair.p, pair.q))
+    return pair._replace(p=p, q=q)
+
+
+def _at_once(f: Callable[..., Any], static: Static, pair: Pair, whole: Whole | None) -> Any:
+    return f(static, pair, whole)
+
+
 def _by_blocks(
-    f: Callable[[Pair, Whole], Any], pair: Pair, whole: Whole | None, weights: Array | None = None
+    f: Callable[..., Any], static: Static, pair: Pair, whole: Whole | None, weights: Array | None = None
 ) -> Any:
-    """`f` of blocks of rows, with arrays in place of layers."""
-    is_linear = [isinstance(z, LinearLogits) for z in (pair.p, pair.q)]
+    """`f(static, pair, whole)` of blocks of rows, with arrays in place of layers."""
     mask = pair.class_mask
-    per_row = mask is not None and mask.ndim > 1
-    arrays = [z for z in (pair.p, pair.q) if not isinstance(z, LinearLogits)]
+    of_rows, of_all = (None, mask) if mask is None or mask.ndim == 1 else (mask, None)
+    p, q = (None if isinstance(z, LinearLogits) else z for z in (pair.p, pair.q))
+    rows = Pair(p, q, of_rows, None, pair.temperature), whole
 
-    def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, shared: Any) -> Any:
-        from_layers, from_arrays = iter(logits), iter(rows[0])
-        p, q = (next(from_layers if linear else from_arrays) for linear in is_linear)
-        return f(Pair(p, q, rows[1] if per_row else shared, counts, rows[2]), rows[3]), ()
+    def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, of_all: Any) -> Any:
+        pair, whole = rows
+        of_layers = iter(logits)
+        p, q = (next(of_layers) if z is None else z for z in (pair.p, pair.q))
+        mask = of_all if pair.class_mask is None else pair.class_mask
+        return f(static, Pair(p, q, mask, counts, pair.temperature), whole), ()
 
-    rows = arrays, mask if per_row else None, pair.temperature, whole
-    inputs = Inputs(pair.layers, pair.counts, rows, None if per_row else mask, mask)
+    inputs = Inputs(pair.layers, pair.counts, rows, of_all, mask)
     return sources.by_blocks_of_rows(of_block, ARRAYS, inputs, weights)[0]
 
 
@@ -159,13 +157,19 @@ def _add(tree: Any, axis_name: AxisName) -> Any:
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def _whole(static: Static, pair: Pair, axis_name: AxisName) -> Whole:
-    whole = _first(static, pair.temperature, _first_sums(static, pair), axis_name)
-    whole = _second(whole, _second_sums(static, pair, whole), axis_name)
-    return whole._replace(sums=_add(_third_sums(static, pair, whole), axis_name))
+def _whole(sums: Callable[..., Any], axis_name: AxisName, static: Static, pair: Pair) -> Whole:
+    """`sums(f, static, pair, whole)` is `f(static, pair, whole)` of all rows: sums over the classes of this device."""
+    p, q = (_of_all_devices(static, pair, x, axis_name) for x in sums(_normalizers, static, pair, None))
+    whole = Whole(p, q)
+    change, far = _add(sums(_change_and_far, static, pair, whole), axis_name)
+    is_near = lax.stop_gradient(far) < 0.5
+    ratio = (change + far) / jnp.where(is_near, 1 - far, 1)
+    is_near &= lax.stop_gradient(ratio) > -0.5
+    whole = whole._replace(ratio=jnp.where(is_near, ratio, -1))
+    return whole._replace(sums=_add(sums(_divergences, static, pair, whole), axis_name))
 
 
-def _first_sums(static: Static, pair: Pair) -> tuple[Normalizer, ...]:
+def _normalizers(static: Static, pair: Pair, _: None) -> tuple[Normalizer, ...]:
     z_p, z_q, temperature = _classes(static, pair)
     return _normalizer(z_p, temperature), _normalizer(z_q, temperature)
 
@@ -180,25 +184,19 @@ def _normalizer(z: Array, temperature: float | Array) -> Normalizer:
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
 
 
-def _first(
-    static: Static, temperature: Array | None, sums: tuple[Normalizer, ...], axis_name: AxisName
-) -> Whole:
-    def of_all(here: Normalizer) -> Normalizer:
-        m, r = lax.stop_gradient(here.m), here.r
-        if axis_name is not None:
-            local_m, m = m, lax.pmax(m, axis_name)
-            holds = local_m == m
-            by = static.temperature if temperature is None else temperature.astype(m.dtype)
-            r = jnp.where(holds, r, product_or_zero(exp_difference(local_m, m, by), 1 + r))
-            r, holders = lax.psum((r, holds.astype(m.dtype)), axis_name)
-            r += holders - 1
-        return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), r)
-
-    of_p, of_q = map(of_all, sums)
-    return Whole(of_p, of_q, None, ())
+def _of_all_devices(static: Static, pair: Pair, here: Normalizer, axis_name: AxisName) -> Normalizer:
+    m, r = lax.stop_gradient(here.m), here.r
+    if axis_name is not None:
+        local_m, m = m, lax.pmax(m, axis_name)
+        holds = local_m == m
+        scale = exp_difference(local_m, m, _temperature(static, pair, m.dtype))
+        r = jnp.where(holds, r, product_or_zero(scale, 1 + r))
+        r, holders = lax.psum((r, holds.astype(m.dtype)), axis_name)
+        r += holders - 1
+    return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), r)
 
 
-def _second_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Array]:
+def _change_and_far(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Array]:
     """Of K - 1 = E_p exp(u) - 1: what near classes add; and how much of q is far. As p exp(u) = q K there, too."""
     z_p, z_q, temperature = _classes(static, pair)
     p, q = _softmax(z_p, temperature, whole.p)[0], _softmax(z_q, temperature, whole.q)[0]
@@ -206,15 +204,7 @@ def _second_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Array
     return jnp.sum(jnp.where(near, p * jnp.expm1(u), -p), -1), jnp.sum(jnp.where(near, 0, q), -1)
 
 
-def _second(whole: Whole, sums: tuple[Array, Array], axis_name: AxisName) -> Whole:
-    change, far = _add(sums, axis_name)
-    is_near = lax.stop_gradient(far) < 0.5
-    ratio = (change + far) / jnp.where(is_near, 1 - far, 1)
-    is_near &= lax.stop_gradient(ratio) > -0.5
-    return whole._replace(ratio=jnp.where(is_near, ratio, -1))
-
-
-def _third_sums(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
+def _divergences(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
     """The divergence; for JS also sum p l_p and sum q l_q."""
     p, q, d, _, _ = _log_ratio(static, pair, whole)
     if static.kind == "kl":
@@ -230,11 +220,12 @@ def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
     if pair.class_mask is not None:
         mask = over_rows(pair.class_mask, z_p.ndim)
         z_p, z_q = (jnp.where(mask, z, -jnp.inf) for z in (z_p, z_q))
-    return z_p, z_q, _temperature(static, pair, dtype)
+    temperature = _temperature(static, pair, dtype)
+    return z_p, z_q, temperature if isinstance(temperature, float) else temperature[..., None]
 
 
 def _temperature(static: Static, pair: Pair, dtype: Any) -> float | Array:
-    return static.temperature if pair.temperature is None else pair.temperature.astype(dtype)[..., None]
+    return static.temperature if pair.temperature is None else pair.temperature.astype(dtype)
 
 
 def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
@@ -325,22 +316,28 @@ def _log_cosh(s: Array) -> Array:
     return jnp.log1p(2 * jnp.sinh(s / 2) ** 2)
 
 
-# The first derivative: a function that is 0 and has the slope of the divergence. The sums over all classes have no part
-# in it; the formulas hold for them as they are.
+def _rule(zeros: Callable[..., Array], gradient: Callable[..., Pair]) -> Any:
+    """A function of (static, pair, whole) that is 0 and has the slope of the divergence: `gradient` of them.
+
+    The sums over all classes have no part in it; the formulas hold for them as they are.
+    """
+
+    def primal(static: Static, pair: Pair, whole: Whole) -> Array:
+        return zeros((pair, whole), whole.sums[0])
+
+    def forward(static: Static, *inputs: Any) -> tuple[Array, Any]:
+        (pair, perturbed), (whole, _) = map(values_and_perturbed, inputs)
+        return primal(static, pair, whole), (pair, whole, perturbed)
+
+    def backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]:
+        return gradient(static, *residuals, instantiate(g)), None
+
+    rule = jax.custom_vjp(primal, nondiff_argnums=(0,))
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return rule
 
 
-def _slope_primal(static: Static, pair: Pair, whole: Whole) -> Array:
-    return varying_like((pair, whole), jnp.zeros_like(whole.sums[0]))
-
-
-def _slope_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:
-    pair, perturbed = values_and_perturbed(pair)
-    whole, _ = values_and_perturbed(whole)
-    return _slope_primal(static, pair, whole), (pair, whole, perturbed)
-
-
-def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]:
-    pair, whole, perturbed = residuals
+def _gradient(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g: Array) -> Pair:
     p, q, d, log_p, log_q = _log_ratio(static, pair, whole)
     sums = [x[..., None] for x in whole.sums]
     if static.kind == "kl":
@@ -351,48 +348,27 @@ def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]
     else:
         l_p, l_q = _against_mean(d)
         bar_p, bar_q = p * (l_p - sums[1]) / 2, q * (l_q - sums[2]) / 2
-    g = instantiate(g)[..., None] / _temperature(static, pair, p.dtype)
-    bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
+    bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1)
+    g = g / _temperature(static, pair, p.dtype)
+    found = bar_p * g[..., None], bar_q * g[..., None], None, None, bar_t * g
 
-    def gradient(is_perturbed: Any, x: Array, like: Any) -> Any:
-        if is_perturbed is not True:
-            return None
-        x = keep(None if pair.counts is None else pair.counts[..., None], x * g)
-        return (x if like.ndim == pair.p.ndim else x[..., 0]).astype(like.dtype)
+    def of_perturbed(is_perturbed: Any, x: Array, like: Array) -> Array | None:
+        return keep(pair.counts, x).astype(like.dtype) if is_perturbed else None
 
-    slopes = Pair(bar_p, bar_q, None, None, bar_t)
-    return Pair(*map(gradient, perturbed.tree(pair), slopes, pair)), None
+    return Pair(*map(of_perturbed, perturbed.tree(pair), found, pair))
 
 
-_rule = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
-_rule.defvjp(_slope_forward, _slope_backward, symbolic_zeros=True)
-_slope = with_forward_mode(_rule)
-
-
-def _layers_primal(static: Static, pair: Pair, whole: Whole) -> Array:
-    return zeros_like_any((pair, whole), whole.sums[0])
-
-
-def _layers_forward(static: Static, pair: Any, whole: Any) -> tuple[Array, Any]:
-    pair, perturbed = values_and_perturbed(pair)
-    whole, _ = values_and_perturbed(whole)
-    return _layers_primal(static, pair, whole), (pair, whole, perturbed)
-
-
-def _layers_backward(static: Static, residuals: Any, g: Any) -> tuple[Any, None]:
-    pair, whole, perturbed = residuals
+def _gradient_of_layers(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g: Array) -> Pair:
     leaves, treedef = jax.tree.flatten(pair)
-    indices = [i for i, is_perturbed in enumerate(perturbed.leaves) if is_perturbed]
 
-    def of_perturbed(some: list[Array]) -> Array:
-        full = dict(enumerate(leaves)) | dict(zip(indices, some, strict=True))
-        pair = jax.tree.unflatten(treedef, list(full.values()))
-        return _by_blocks(functools.partial(_slope, static), pair, whole)
+    def slope(some: list[Any]) -> Array:
+        full = [x if new is None else new for x, new in zip(leaves, some, strict=True)]
+        return _by_blocks(_slope, static, jax.tree.unflatten(treedef, full), whole)
 
-    _, vjp = jax.vjp(of_perturbed, [leaves[i] for i in indices])
-    gradients = dict(zip(indices, *vjp(instantiate(g)), strict=True))
-    return jax.tree.unflatten(treedef, [gradients.get(i) for i in range(len(leaves))]), None
+    some = [x if is_it else None for x, is_it in zip(leaves, perturbed.leaves, strict=True)]
+    _, vjp = jax.vjp(slope, some)
+    return jax.tree.unflatten(treedef, *vjp(g))
 
 
-_slope_of_layers = jax.custom_vjp(_layers_primal, nondiff_argnums=(0,))
-_slope_of_layers.defvjp(_layers_forward, _layers_backward, symbolic_zeros=True)
+_slope = with_forward_mode(_rule(lambda like, x: varying_like(like, jnp.zeros_like(x)), _gradient))
+_slope_of_layers = _rule(zeros_like_any, _gradient_of_layers)

@@ -50,18 +50,19 @@ class RowFunction(NamedTuple):
         def of_row(statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
             return self.of_row(closed_over, statistics, arguments)
 
-        def of_rows(counts: Array | None) -> tuple[Array, Any]:
+        def kept(counts: Array | None, statistics: Any, arguments: Any) -> Any:
             # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
-            kept = jax.tree.map(lambda x: x if _is_key(x) else keep(counts, x), arguments)
-            return _over_rows(of_row, shape)(harmless(counts, statistics, self.classes), kept)
+            arguments = jax.tree.map(lambda x: x if _is_key(x) else keep(counts, x), arguments)
+            return harmless(counts, statistics, self.classes), arguments
 
-        losses, aux = of_rows(counts)
+        of_rows = _over_rows(of_row, shape)
+        row = kept(counts, statistics, arguments)
+        losses, aux = of_rows(*row)
         if arguments.weightless is not None:
             # what is not finite is gone with a weight of 0, and must not be differentiated
             finite = ~arguments.weightless | jnp.isfinite(losses)
-            counts = both(counts, finite)
-            losses, aux = of_rows(counts)
-            losses = keep(finite, losses)
+            losses, aux = of_rows(*kept(finite, *row))
+            losses, counts = keep(finite, losses), both(counts, finite)
         return losses, jax.tree.map(lambda x: keep(counts, x), aux)
 
 

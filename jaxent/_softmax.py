@@ -9,7 +9,6 @@ from jax import Array
 
 from . import _contracts as contracts
 from ._contracts import Number, Range
-from ._derivatives import varying_like
 from ._logits.linear import LinearLogits
 from ._numerics import accumulation_dtype, limit, product_or_zero
 from ._objective import objective, prepare
@@ -282,14 +281,16 @@ def _loss(
     contracts.check_array(function, "labels", labels)
     checked = {name: contracts.number(function, name, x, RANGES[name]) for name, x in numbers.items()}
     block, rows = prepare(function, logits, labels, options)
-    if rows.label_weight is not None and _is(0, checked["label_smoothing"]):
+    if rows.label_weight is not None and _is(0, checked.get("label_smoothing", 0.0)):
         rows = rows.only(rows.label_weight != 0)  # of which the loss is a multiple
-    arrays = {name: x for name, x in checked.items() if not isinstance(x, float)}
-    arrays = {name: x.astype(accumulation_dtype(block.logits.dtype)) for name, x in arrays.items()}
-    if options.class_axis_name is None:
-        arrays = varying_like((block, rows.counts, rows.weights), arrays)
-    values = checked | arrays
-    return objective(lambda s, label_weight: of_row(s, label_weight, **values), block, rows)
+    dtype = accumulation_dtype(block.logits.dtype)
+    arrays = {name: x.astype(dtype) for name, x in checked.items() if not isinstance(x, float)}
+    arrays = {name: jnp.broadcast_to(x, rows.shape) for name, x in arrays.items()}
+
+    def fn(s: SoftmaxStatistics, weight: Any, arrays: dict[str, Array]) -> Array:
+        return of_row(s, weight, **checked | arrays)
+
+    return objective(fn, block, rows, (arrays,))
 
 
 def _is(number: float, option: Number) -> bool:

@@ -5,8 +5,8 @@ rows to results `[R]`. jax differentiates it, block by block. Rows may be in gro
 `[n, *groups]` and `[R]` is `[r, *groups]` everywhere.
 """
 
-import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._derivatives import (
-    Perturbed,
     instantiate,
     is_symbolic_zero,
     reverse_mode_only,
@@ -26,18 +25,9 @@ from .._derivatives import (
 )
 from .._numerics import accumulation_dtype, limit
 from .._rows import keep
+from . import linear
 from .layout import RowLayout
-from .linear import (
-    LinearLogits,
-    from_product,
-    gradient,
-    per_row_fields,
-    perturbed_options,
-    product,
-    replace,
-    shared_fields,
-    without_hidden_rows,
-)
+from .linear import LinearLogits, per_row_fields, replace, shared_fields
 
 
 class Inputs(NamedTuple):
@@ -50,26 +40,30 @@ class Inputs(NamedTuple):
     class_mask: Array | None = None  # [V] or [N, V], where NaN may be hidden by it
     needed: Array | None = None  # bool [N]: only weights ask for the others' results; None: as `counts`
 
-    def grouped(self, layout: RowLayout) -> "Inputs":
-        layers = tuple(replace(x, layout.grouped(per_row_fields(x))) for x in self.layers)
+    def parts(self) -> tuple[Any, Any]:
+        """(what rows have of their own, what they share)."""
         mask = self.class_mask
-        mask = layout.grouped(mask) if mask is not None and mask.ndim > 1 else mask
-        counts, rows, needed = layout.grouped((self.counts, self.rows, self.needed))
-        return Inputs(layers, counts, rows, self.shared, mask, needed)
+        per_row, shared = (mask, None) if mask is not None and mask.ndim > 1 else (None, mask)
+        layers = list(map(per_row_fields, self.layers)), list(map(shared_fields, self.layers))
+        return (layers[0], self.counts, self.rows, per_row, self.needed), (layers[1], self.shared, shared)
+
+    def of_parts(self, per_row: Any, shared: Any) -> "Inputs":
+        """The inverse, of other rows of these."""
+        fields, counts, rows, mask, needed = per_row
+        fields_of_all, shared, mask_of_all = shared
+        layers = (
+            replace(*x) for x in zip(self.layers, map(operator.or_, fields, fields_of_all), strict=True)
+        )
+        return Inputs(tuple(layers), counts, rows, shared, mask_of_all if mask is None else mask, needed)
+
+    def grouped(self, layout: RowLayout) -> "Inputs":
+        per_row, shared = self.parts()
+        return self.of_parts(layout.grouped(per_row), shared)
 
 
 # fn(logits of each layer, counts, rows, shared) -> (results, results without derivative), pytrees of [R, ...]
 BlockFunction = Callable[[tuple[Array, ...], Array | None, Any, Any], tuple[Any, Any]]
 Static = tuple[BlockFunction, int]  # and how many rows a block has
-
-
-class Summed(NamedTuple):
-    """How `_differentiate` is to run."""
-
-    fn: BlockFunction
-    size: int
-    perturbed: Perturbed
-    every: bool  # rows of weight 0, too
 
 
 def map_rows(fn: BlockFunction, size: int, inputs: Inputs) -> tuple[Any, Any]:
@@ -85,10 +79,6 @@ def sum_rows(fn: BlockFunction, size: int, inputs: Inputs, weights: Array) -> tu
 # Results per row: the cotangents come later, so the backward computes the logits once more.
 
 
-def _mapped_primal(static: Static, inputs: Inputs) -> tuple[Any, Any]:
-    return _evaluate(static, inputs)
-
-
 def _mapped_forward(static: Static, inputs: Any) -> tuple[Any, Any]:
     inputs, perturbed = values_and_perturbed(inputs)
     return _evaluate(static, inputs), (inputs, perturbed)
@@ -98,11 +88,11 @@ def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | N
     inputs, perturbed = residuals
     if all(map(is_symbolic_zero, jax.tree.leaves(g[0], is_leaf=is_symbolic_zero))):
         return (None,)  # nothing depends on these results
-    _, gradients = _differentiate(Summed(*static, perturbed, False), inputs, instantiate(g[0]))
-    return (_cast(gradients, _Dtypes.of(inputs)),)
+    _, gradients = _differentiate((*static, perturbed, False), inputs, instantiate(g[0]))
+    return (_cast(gradients, inputs),)
 
 
-_mapped = jax.custom_vjp(_mapped_primal, nondiff_argnums=(0,))
+_mapped = jax.custom_vjp(lambda static, inputs: _evaluate(static, inputs), nondiff_argnums=(0,))
 _mapped.defvjp(_mapped_forward, _mapped_backward, symbolic_zeros=True)
 
 
@@ -117,20 +107,20 @@ def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> tuple[Arra
 
 def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[tuple[Array, Any], Any]:
     inputs, perturbed = values_and_perturbed(inputs)
-    how = Summed(*static, perturbed, weights.perturbed)
-    (losses, aux), gradients = _differentiate(how, inputs, weights.value)
-    weights = weights.value
+    every, weights = weights.perturbed, weights.value
+    (losses, aux), gradients = _differentiate((*static, perturbed, every), inputs, weights)
     losses = limit(weights, losses)
-    dtypes = _Dtypes.of(inputs)
-    residuals = _cast(gradients, dtypes.stored()), losses, dtypes, _Dtypes.of(weights)
-    return (jnp.sum(weights * losses), aux), residuals
+    return (jnp.sum(weights * losses), aux), (
+        _cast(gradients, inputs, _stored),
+        losses,
+        _dtypes((inputs, weights)),
+    )
 
 
-def _summed_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs, Array]:
-    gradients, losses, dtypes, of_weights = residuals
+def _summed_backward(static: Static, residuals: Any, g: Any) -> Any:
+    gradients, losses, dtypes = residuals
     g = instantiate(g[0])
-    gradients = jax.tree.map(lambda x: g * x.astype(g.dtype), gradients)
-    return _cast(gradients, dtypes), _cast(g * losses, of_weights)
+    return _cast((jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), g * losses), dtypes)
 
 
 _summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))
@@ -148,7 +138,7 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
 
     def results(i: Any) -> Any:
         block = blocks.take(i)
-        logits = tuple(from_product(layer, product(layer)) for layer in block.layers)
+        logits = tuple(linear.from_product(layer, linear.product(layer)) for layer in block.layers)
         return blocks.keep(fn(logits, block.counts, block.rows, block.shared), i)
 
     def body(i: Any, found: Any) -> Any:
@@ -158,9 +148,9 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
 
 
 @stopping_early
-def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[Any, Inputs]:
+def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, Inputs]:
     """The results, and the gradients of sum(g * real results), summed in the accumulation dtype."""
-    fn, size, perturbed, every = static
+    fn, size, perturbed, every = how  # every: also rows of weight 0
     blocks = _Blocks(inputs, size, stop and not every)
     is_perturbed: Inputs = perturbed.tree(inputs)
 
@@ -169,16 +159,15 @@ def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[
 
         def of_perturbed(products: Any, options: Any, rows: Any, shared: Any) -> Any:
             layers = map(replace, block.layers, options)
-            logits = tuple(
-                from_product(layer, z, block.class_mask) for layer, z in zip(layers, products, strict=True)
-            )
+            of_layer = functools.partial(linear.from_product, class_mask=block.class_mask)
+            logits = tuple(map(of_layer, layers, products))
             rows = _merge(is_perturbed.rows, rows, block.rows)
             shared = _merge(is_perturbed.shared, shared, block.shared)
             return fn(logits, block.counts, rows, shared)
 
         rows, shared = _only(is_perturbed.rows, block.rows), _only(is_perturbed.shared, block.shared)
-        products = tuple(map(product, block.layers))
-        options = tuple(map(perturbed_options, is_perturbed.layers, block.layers))
+        products = tuple(map(linear.product, block.layers))
+        options = tuple(map(linear.perturbed_options, is_perturbed.layers, block.layers))
         real, vjp, integers = jax.vjp(of_perturbed, products, options, rows, shared, has_aux=True)
         cotangent = blocks.keep(blocks.rows_of(g, i), i)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, real)
@@ -202,7 +191,7 @@ def _differentiate(stop: bool, static: Summed, inputs: Inputs, g: Any) -> tuple[
 def _layer_gradient(
     class_mask: Array | None, perturbed: LinearLogits, block: LinearLogits, d_product: Array
 ) -> LinearLogits:
-    found = gradient(perturbed, block, d_product, class_mask)
+    found = linear.gradient(perturbed, block, d_product, class_mask)
     hidden = found.hidden
     return replace(found, {"hidden": None if hidden is None else hidden.astype(_stored(block.hidden.dtype))})
 
@@ -223,14 +212,10 @@ class _Blocks:
             self.number = blocks_that_count(needed, size)
 
     def take(self, i: Any) -> Inputs:
-        inputs, mask = self.inputs, self.inputs.class_mask
-        counts, rows = self.rows_of((inputs.counts, inputs.rows), i)
-
-        def of_layer(layer: LinearLogits) -> LinearLogits:
-            return without_hidden_rows(replace(layer, self.rows_of(per_row_fields(layer), i)), counts)
-
-        mask = self.rows_of(mask, i) if mask is not None and mask.ndim > 1 else mask
-        return Inputs(tuple(map(of_layer, inputs.layers)), counts, rows, inputs.shared, mask)
+        per_row, shared = self.inputs.parts()
+        block = self.inputs.of_parts(self.rows_of(per_row, i), shared)
+        layers = (linear.without_hidden_rows(layer, block.counts) for layer in block.layers)
+        return block._replace(layers=tuple(layers))
 
     def keep(self, results: Any, i: Any) -> Any:
         """0 in rows that do not count, or only fill the block."""
@@ -254,29 +239,18 @@ class _Blocks:
         return put_rows(self._index(i), total, block)
 
     def add(self, total: Inputs, i: Any, block: Inputs) -> Inputs:
-        def plus(x: Any, y: Any) -> Any:
-            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), x, y)
-
-        def of_layer(total: LinearLogits, block: LinearLogits) -> LinearLogits:
-            rows = self.put(per_row_fields(total), i, per_row_fields(block))
-            return replace(total, rows | plus(shared_fields(total), shared_fields(block)))
-
-        layers = tuple(map(of_layer, total.layers, block.layers))
-        return Inputs(layers, None, self.put(total.rows, i, block.rows), plus(total.shared, block.shared))
+        (rows, shared), (more_rows, more) = total.parts(), block.parts()
+        shared = jax.tree.map(lambda x, y: x + y.astype(x.dtype), shared, more)
+        return total.of_parts(self.put(rows, i, more_rows), shared)
 
     def zeros(self, of_block: Any) -> Any:
         rows = self.inputs.layers[0].hidden.shape[0]
         return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), of_block)
 
     def zero_gradients(self, of_block: Inputs) -> Inputs:
-        def sums(tree: Any) -> Any:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), tree)
-
-        def of_layer(layer: LinearLogits) -> LinearLogits:
-            return replace(layer, self.zeros(per_row_fields(layer)) | sums(shared_fields(layer)))
-
-        layers = tuple(map(of_layer, of_block.layers))
-        return Inputs(layers, None, self.zeros(of_block.rows), sums(of_block.shared))
+        rows, shared = of_block.parts()
+        shared = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), shared)
+        return of_block.of_parts(self.zeros(rows), shared)
 
     def loop(self, body: Callable[[Any, Any], Any], init: Any) -> Any:
         return lax.fori_loop(0, self.number, body, varying_like(self.inputs, init))
@@ -338,26 +312,16 @@ def _merge(is_perturbed: Any, some: Any, tree: Any) -> Any:
     return jax.tree.map(lambda is_it, new, x: new if is_it else x, is_perturbed, some, tree)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Dtypes:
-    treedef: Any
-    leaves: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, tree: Any) -> "_Dtypes":
-        leaves, treedef = jax.tree.flatten(tree)
-        return cls(treedef, tuple(x.dtype for x in leaves))
-
-    def stored(self) -> "_Dtypes":
-        return _Dtypes(self.treedef, tuple(map(_stored, self.leaves)))
-
-
 def _stored(dtype: Any) -> Any:
     """float16 would lose what a loss scale, which comes with the cotangent, is there to save."""
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 
-def _cast(gradients: Any, dtypes: _Dtypes) -> Any:
-    tree = jax.tree.unflatten(dtypes.treedef, dtypes.leaves)
-    return jax.tree.map(lambda dtype, d: None if d is None else d.astype(dtype), tree, gradients)
+def _dtypes(tree: Any) -> Any:
+    """Of what may have a gradient: arrays of no elements."""
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.zeros(0, x.dtype) if is_real(x) else None, tree)
+
+
+def _cast(gradients: Any, like: Any, dtype: Callable[[Any], Any] = lambda dtype: dtype) -> Any:
+    return jax.tree.map(lambda x, d: None if d is None else d.astype(dtype(x.dtype)), like, gradients)
