@@ -7,7 +7,7 @@ argument, what was expected, what came, and one remedy. The only module that imp
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import chex
 import jax
@@ -23,7 +23,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Number = float | Array  # an option: part of the program, or a value in it
 Shape = tuple[int, ...]
 
-REDUCTIONS = ("none", "sum", "mean")
 LABELS_REMEDY = "Labels count from 0; hide a row with `where=` or `ignore_index=`."
 
 
@@ -45,27 +44,25 @@ def as_arrays(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.__jax_array__() if by_protocol(x) else x, tree, is_leaf=by_protocol)
 
 
-def error(
-    kind: type[Exception], function: str, argument: str, expected: str, got: str, remedy: str
-) -> Exception:
-    return kind(f"jaxent.{function}: `{argument}` must be {expected}, but is {got}. {remedy}")
+def sentence(function: str, argument: str, expected: str, but: str, remedy: str) -> str:
+    return f"jaxent.{function}: `{argument}` must be {expected}, but {but}. {remedy}"
 
 
-def fail(kind: type[Exception], function: str, argument: str, expected: str, got: str, remedy: str) -> None:
+def error(kind: type, function: str, argument: str, expected: str, got: str, remedy: str) -> Exception:
+    return kind(sentence(function, argument, expected, f"is {got}", remedy))
+
+
+def fail(kind: type, function: str, argument: str, expected: str, got: str, remedy: str) -> NoReturn:
     raise error(kind, function, argument, expected, got, remedy)
 
 
 def describe(x: Any) -> str:
-    """What came, as dtype[shape]: `int32[8, 1]`."""
-    return f"{dtype_of(x)}{list(np.shape(x))}"
+    """What came, as dtype[shape]: `int32[8, 1]`; also of a LinearLogits."""
+    dtype = x.dtype if hasattr(x, "dense") else jnp.result_type(x)
+    return f"{dtype}{list(np.shape(x))}"
 
 
-def dtype_of(x: Any) -> Any:
-    """Also of what only looks like an array."""
-    return x.dtype if hasattr(x, "dense") else jnp.result_type(x)
-
-
-def has_shape(x: Any, shape: tuple[int, ...]) -> bool:
+def has_shape(x: Any, shape: Shape) -> bool:
     try:
         chex.assert_shape(x, shape)
     except AssertionError:
@@ -98,18 +95,20 @@ def check_floating(function: str, argument: str, x: Any, remedy: str) -> None:
         fail(TypeError, function, argument, "a floating point array", describe(x), remedy)
 
 
-def check_shape(function: str, argument: str, x: Any, shape: tuple[int, ...], what: str, remedy: str) -> None:
+def check_shape(function: str, argument: str, x: Any, shape: Shape, what: str, remedy: str) -> None:
     """The exact `shape`, which the message calls `what`; never a broadcast."""
     check_array(function, argument, x)
     if not has_shape(x, shape):
         fail(ValueError, function, argument, f"of shape {list(shape)} ({what})", describe(x), remedy)
 
 
-def check_real(function: str, argument: str, x: Any) -> None:
+def check_real(
+    function: str, argument: str, x: Any, expected: str = "real", remedy: str = "Pass real numbers."
+) -> None:
     """A weight: floating point, integer or bool."""
     check_array(function, argument, x)
     if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
-        fail(TypeError, function, argument, "real", describe(x), "Pass real numbers.")
+        fail(TypeError, function, argument, expected, describe(x), remedy)
 
 
 def check_mask(function: str, argument: str, x: Any) -> None:
@@ -161,8 +160,9 @@ def number(
         return float(value)  # a numpy float64 would widen float32 under x64
     if not isinstance(value, jax.Array | np.ndarray) or not (is_floating(value) or is_integer(value)):
         fail(TypeError, function, argument, "a number or an array of one", what_came(value), allowed.remedy)
-    if not any(has_shape(value, shape) for shape in ((), rows, classes)):
-        expected = " or ".join(["of shape []", *(f"{list(shape)}" for shape in (rows, classes) if shape)])
+    shapes = [(), *(shape for shape in (rows, classes) if shape)]
+    if not any(has_shape(value, shape) for shape in shapes):
+        expected = "of shape " + " or ".join(f"{list(shape)}" for shape in shapes)
         fail(ValueError, function, argument, expected, describe(value), allowed.remedy)
     value = value.astype(accumulation_dtype(value.dtype))
     ok = allowed.contains(value)
@@ -179,12 +179,11 @@ def is_number(value: Any) -> bool:
 
 
 def what_came(value: Any) -> str:
-    is_array = isinstance(value, jax.Array | np.ndarray)
-    return describe(value) if is_array else f"a {type(value).__name__}"
+    return describe(value) if isinstance(value, jax.Array | np.ndarray) else f"a {type(value).__name__}"
 
 
 def check_reduction(function: str, reduction: Any) -> None:
-    ok = reduction in REDUCTIONS
+    ok = reduction in ("none", "sum", "mean")
     remedy = "'none' gives one loss per row."
     check_option(function, "reduction", reduction, ok, "'none', 'sum' or 'mean'", remedy)
 
@@ -195,8 +194,7 @@ def check_axis_names(function: str, class_axis_name: Any, batch_axis_name: Any) 
     def names(axis_name: Any) -> set[Any]:
         return set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name} - {None}
 
-    shared = names(class_axis_name) & names(batch_axis_name)
-    if shared:
+    if names(class_axis_name) & names(batch_axis_name):
         remedy = (
             "A row has all its classes along `class_axis_name`, and every device along it the same rows. Gather one "
             "side first: the rows (`jax.lax.all_gather` of what they are made from), or the classes, and then pass no "
@@ -227,113 +225,38 @@ def check_labels(function: str, labels: Any, logits: Any, axis: int) -> bool:
     """Whether `labels` are class indices (True) or a distribution (False); anything else is an error."""
     check_array(function, "labels", labels)
     full = np.shape(logits)
-    rows = tuple(np.delete(full, axis).tolist())
-    forms = f"class indices (integers) of shape {list(rows)} or a distribution (floats) of shape {list(full)}"
-    got = describe(labels)
-    if is_floating(labels):
-        if has_shape(labels, full):
-            return False
-        if has_shape(labels, rows):
-            remedy = "Floats are read as a distribution; for class indices pass `labels.astype(jnp.int32)`."
-            fail(TypeError, function, "labels", forms, got, remedy)
+    rows_by_axis = [tuple(np.delete(full, i).tolist()) for i in range(len(full))]
+    rows = rows_by_axis[axis]
+    is_index, is_float = is_integer(labels), is_floating(labels)
+    per_row, per_class = has_shape(labels, rows), has_shape(labels, full)
+    if (is_index and per_row) or (is_float and per_class):
+        return is_index
+    kind: type = TypeError
+    if not (is_index or is_float):
+        remedy = "bool labels are for `sigmoid_cross_entropy`; for classes 0 and 1 pass `labels.astype(jnp.int32)`."
+    elif per_row:
+        remedy = "Floats are read as a distribution; for class indices pass `labels.astype(jnp.int32)`."
+    elif per_class:
+        remedy = "For one-hot rows pass `labels.argmax(axis)`, or `labels.astype(jnp.float32)`."
+    elif is_float:
+        kind = ValueError
         remedy = (
             "jaxent never broadcasts labels: use `jnp.broadcast_to(labels, logits.shape)` if you mean it."
         )
-        fail(ValueError, function, "labels", forms, got, remedy)
-    if is_integer(labels):
-        if has_shape(labels, rows):
-            return True
-        if has_shape(labels, full):
-            remedy = "For one-hot rows pass `labels.argmax(axis)`, or `labels.astype(jnp.float32)`."
-            fail(TypeError, function, "labels", forms, got, remedy)
+    else:
+        kind = ValueError
         remedy = "jaxent never broadcasts labels: one index per row of logits, e.g. `labels.squeeze(-1)`."
-        others = (i for i in range(len(full)) if has_shape(labels, full[:i] + full[i + 1 :]))
-        other = next(others, None)
+        other = next((i for i, shape in enumerate(rows_by_axis) if has_shape(labels, shape)), None)
         if other is not None:
             remedy = f"If the classes are on axis {other} of the logits, pass `axis={other}`."
-        fail(ValueError, function, "labels", forms, got, remedy)
-    remedy = (
-        "bool labels are for `sigmoid_cross_entropy`; for classes 0 and 1 pass `labels.astype(jnp.int32)`."
-    )
-    fail(TypeError, function, "labels", forms, got, remedy)
-    raise AssertionError
+    forms = f"class indices (integers) of shape {list(rows)} or a distribution (floats) of shape {list(full)}"
+    fail(kind, function, "labels", forms, describe(labels), remedy)
 
 
 def check_ignore_index(function: str, ignore_index: Any, has_index: bool) -> None:
     ok = ignore_index is None or (has_index and isinstance(ignore_index, int | np.integer))
     remedy = "It hides rows by their label; hide rows of a distribution with `where=`."
     check_option(function, "ignore_index", ignore_index, ok, "an int beside integer labels", remedy)
-
-
-def index_labels(
-    function: str, labels: Any, classes: int, mask: Any, ignore_index: int | None
-) -> tuple[Array, Array | None]:
-    """(integer labels of at least 32 bits, which are ignored); labels known on the host are checked at once.
-
-    jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so what is outside [0, classes)
-    becomes -1 before that. `mask` may hide rows; while it is traced, bad labels are left to the poison.
-    """
-    if not is_on_host(labels):
-        labels = labels.astype(jnp.int32) if jnp.dtype(labels.dtype).itemsize < 4 else labels
-        limits = jnp.iinfo(labels.dtype)
-        if ignore_index is None or not limits.min <= ignore_index <= limits.max:
-            return labels, None
-        return labels, labels == ignore_index
-    labels = np.asarray(labels)
-    ignored = np.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
-    bad = ((labels < 0) | (labels >= classes)) & ~ignored
-    if mask is None or not isinstance(mask, jax.core.Tracer):
-        seen = bad if mask is None else bad & np.asarray(mask)
-        _fail_on_host(function, "labels", labels, seen, f"in [0, {classes})", LABELS_REMEDY)
-    labels = np.where(bad, -1, np.where(bad | ignored, 0, labels).astype(np.int32))
-    return jnp.asarray(labels, jnp.int32), None if ignore_index is None else jnp.asarray(ignored)
-
-
-def _fail_on_host(function: str, argument: str, x: np.ndarray, bad: Any, expected: str, remedy: str) -> None:
-    """ValueError that names the first bad element."""
-    if bad.any():
-        index = tuple(int(i) for i in np.argwhere(bad)[0])
-        got = f"{x[index]}" + (f" at index {list(index)}" if index else "")
-        fail(ValueError, function, argument, expected, got, remedy)
-
-
-def debug_check_labels(function: str, ok: Array, labels: Array, classes: int) -> None:
-    """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing."""
-    bad, value = _first_bad(ok, labels)
-    checkify.debug_check(
-        jnp.all(ok),
-        f"jaxent.{function}: `labels` must be in [0, {classes}) and name a class in force, but row {{row}} "
-        f"(counted over the flattened rows) has label {{label}}. {LABELS_REMEDY}",
-        row=bad,
-        label=value,
-    )
-
-
-def _first_bad(ok: Array, labels: Array) -> tuple[Array, Array]:
-    """Where, counted over the flattened array, and what it is. Nothing is flattened: `ok` may be split over devices."""
-    position = jnp.zeros(ok.shape, jnp.int32)
-    for axis in range(ok.ndim):
-        position = position * ok.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, ok.shape, axis)
-    bad = jnp.min(jnp.where(ok, ok.size, position), initial=ok.size)
-    return bad, jnp.sum(jnp.where(position == bad, labels, jnp.zeros((), labels.dtype)), dtype=labels.dtype)
-
-
-def host_mask(where: Any, weights: Any) -> Any:
-    """`where` and weights != 0 as one mask, traced only if one of them is."""
-    if weights is None:
-        return where
-    nonzero = weights != np.zeros((), dtype_of(weights))  # bools, too
-    return nonzero if where is None else nonzero & where
-
-
-def check_binary_labels(function: str, labels: Any, shape: tuple[int, ...], argument: str) -> None:
-    """Real numbers or bools, one per element of `argument`."""
-    check_array(function, "labels", labels)
-    if jnp.issubdtype(jnp.result_type(labels), jnp.complexfloating):
-        remedy = "1 is yes, 0 is no."
-        fail(TypeError, function, "labels", "bool, integer or floating point", describe(labels), remedy)
-    remedy = "Labels are never broadcast; for one class index per row use `softmax_cross_entropy`."
-    check_shape(function, "labels", labels, shape, f"one per element of `{argument}`", remedy)
 
 
 class Values(NamedTuple):
@@ -347,6 +270,36 @@ class Values(NamedTuple):
 YES_NO = Values(is_probability, "in [0, 1]", "1 is yes, 0 is no; hide an element with `where=`.")
 
 
+def index_labels(
+    function: str, labels: Any, classes: int, mask: Any, ignore_index: int | None
+) -> tuple[Array, Array | None]:
+    """(integer labels of at least 32 bits, which are not ignored); those known on the host are checked at once.
+
+    jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so what is outside [0, classes)
+    becomes -1 before that.
+    """
+    if not is_on_host(labels):
+        labels = labels.astype(jnp.int32) if jnp.dtype(labels.dtype).itemsize < 4 else labels
+        limits = jnp.iinfo(labels.dtype)
+        occurs = ignore_index is not None and limits.min <= ignore_index <= limits.max
+        return labels, labels != ignore_index if occurs else None
+    labels, kept = np.asarray(labels), None
+    if ignore_index is not None:
+        kept = labels != ignore_index
+        labels = labels * kept  # 0 is a class
+    values = Values(lambda label: (label >= 0) & (label < classes), f"in [0, {classes})", LABELS_REMEDY)
+    _check_on_host(function, "labels", labels, values, mask)
+    labels = np.where(values.ok(labels), labels.astype(np.int32), -1)
+    return jnp.asarray(labels, jnp.int32), None if kept is None else jnp.asarray(kept)
+
+
+def check_binary_labels(function: str, labels: Any, shape: Shape, argument: str) -> None:
+    """Real numbers or bools, one per element of `argument`."""
+    check_real(function, "labels", labels, "bool, integer or floating point", "1 is yes, 0 is no.")
+    remedy = "Labels are never broadcast; for one class index per row use `softmax_cross_entropy`."
+    check_shape(function, "labels", labels, shape, f"one per element of `{argument}`", remedy)
+
+
 def check_host_values(function: str, argument: str, x: Any, values: Values, mask: Any) -> Any:
     """`x`; what is known on the host is checked at once, and an array.
 
@@ -356,21 +309,42 @@ def check_host_values(function: str, argument: str, x: Any, values: Values, mask
     if not is_on_host(x):
         return x
     x = np.asarray(x)
-    bad = ~values.ok(x)
-    if mask is None or not isinstance(mask, jax.core.Tracer):
-        seen = bad if mask is None else bad & np.asarray(mask)
-        _fail_on_host(function, argument, x, seen, values.expected, values.remedy)
-    return jnp.asarray(np.where(bad, np.asarray(np.nan if is_floating(x) else 2, x.dtype), x))
+    _check_on_host(function, argument, x, values, mask)
+    return jnp.asarray(np.where(values.ok(x), x, np.asarray(np.nan if is_floating(x) else 2, x.dtype)))
+
+
+def _check_on_host(function: str, argument: str, x: np.ndarray, values: Values, mask: Any) -> None:
+    """ValueError that names the first bad element which `mask` shows; a traced mask leaves all to the poison."""
+    if isinstance(mask, jax.core.Tracer):
+        return
+    bad = ~values.ok(x) if mask is None else ~values.ok(x) & np.asarray(mask)
+    if bad.any():
+        index = tuple(np.argwhere(bad)[0].tolist())
+        got = f"{x[index]}" + (f" at index {list(index)}" if index else "")
+        fail(ValueError, function, argument, values.expected, got, values.remedy)
+
+
+def debug_check_labels(function: str, ok: Array, seen: Array | None, labels: Array, classes: int) -> None:
+    expected = f"in [0, {classes}) and name a class in force"
+    but = "row {index} (counted over the flattened rows) has label {value}"
+    _debug_check(sentence(function, "labels", expected, but, LABELS_REMEDY), labels, ok, seen)
 
 
 def debug_check_values(function: str, argument: str, x: Array, values: Values, seen: Array | None) -> None:
-    """As `debug_check_labels`, where `seen`."""
-    ok = values.ok(x) if seen is None else values.ok(x) | ~seen
-    bad, value = _first_bad(ok, x)
-    checkify.debug_check(
-        jnp.all(ok),
-        f"jaxent.{function}: `{argument}` must be {values.expected}, but element {{element}} (counted over the "
-        f"flattened array) is {{value}}. {values.remedy}",
-        element=bad,
-        value=value,
-    )
+    but = "element {index} (counted over the flattened array) is {value}"
+    _debug_check(sentence(function, argument, values.expected, but, values.remedy), x, values.ok(x), seen)
+
+
+def _debug_check(message: str, x: Array, ok: Array, seen: Array | None) -> None:
+    """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing.
+
+    The first bad element that is seen is named. Nothing is flattened to count: `ok` may be split over devices.
+    """
+    if seen is not None:
+        ok = ok | ~seen
+    position = jnp.zeros(ok.shape, jnp.int32)
+    for axis in range(ok.ndim):
+        position = position * ok.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, ok.shape, axis)
+    index = jnp.min(jnp.where(ok, ok.size, position), initial=ok.size)
+    value = jnp.sum(jnp.where(position == index, x, jnp.zeros((), x.dtype)), dtype=x.dtype)
+    checkify.debug_check(jnp.all(ok), message, index=index, value=value)

@@ -36,9 +36,16 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
 
         def of_perturbed(some: list[Any]) -> Any:
             full = dict(enumerate(leaves)) | dict(zip(perturbed, some, strict=True))
-            return _split(rule(static, *jax.tree.unflatten(treedef, list(full.values()))))
+            found = rule(static, *jax.tree.unflatten(treedef, list(full.values())))
+            is_real = jax.tree.map(lambda x: bool(jnp.issubdtype(x.dtype, jnp.inexact)), found)
+            real = jax.tree.map(lambda x, real: x if real else None, found, is_real)
+            return real, jax.tree.map(lambda x, real: None if real else x, found, is_real)
 
-        out, vjp, (integers, join) = jax.vjp(of_perturbed, [leaves[i] for i in perturbed], has_aux=True)
+        def join(real: Any, integers: Any) -> Any:
+            is_none = lambda x: x is None  # noqa: E731
+            return jax.tree.map(lambda x, n: n if x is None else x, real, integers, is_leaf=is_none)
+
+        out, vjp, integers = jax.vjp(of_perturbed, [leaves[i] for i in perturbed], has_aux=True)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def tangent(vjp: Any, dots: list[Any]) -> Any:
@@ -46,7 +53,7 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
             return out_dot
 
         dot = tangent(vjp, [varying_like(leaves[i], dots[i]) for i in perturbed])
-        zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in integers]
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), integers)
         return join(out, integers), join(dot, zeros)
 
     return function
@@ -92,27 +99,6 @@ def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return function
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Join:
-    """Puts real and integer leaves back in their places."""
-
-    treedef: Any
-    is_real: tuple[bool, ...]
-
-    def __call__(self, real: list[Any], integers: list[Any]) -> Any:
-        left, right = iter(real), iter(integers)
-        return jax.tree.unflatten(self.treedef, [next(left if r else right) for r in self.is_real])
-
-
-def _split(tree: Any) -> tuple[list[Any], tuple[list[Any], _Join]]:
-    leaves, treedef = jax.tree.flatten(tree)
-    is_real = tuple(bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in leaves)
-    real = [x for x, r in zip(leaves, is_real, strict=True) if r]
-    integers = [x for x, r in zip(leaves, is_real, strict=True) if not r]
-    return real, (integers, _Join(treedef, is_real))
 
 
 def varying_like(like: Any, tree: Any) -> Any:

@@ -60,8 +60,7 @@ def softmax_entropy(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: a shape that does not match exactly; an unknown reduction; an axis that is `class_axis_name` and
-        `batch_axis_name`.
+      ValueError: a shape that does not match exactly; an unknown reduction; one axis name for classes and rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -129,8 +128,7 @@ def softmax_kl_divergence(
 
     Raises:
       TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a temperature known as a number that is not positive and finite; an axis that is
-        `class_axis_name` and `batch_axis_name`.
+      ValueError: shapes that differ; a number for temperature outside of (0, inf); one axis name for classes and rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -207,9 +205,7 @@ def softmax_js_divergence(
     return _divergence("js", logits, target_logits, temperature, options)
 
 
-def _divergence(
-    kind: str, logits: Any, target_logits: Any, temperature: contracts.Number, options: Options
-) -> Array:
+def _divergence(kind: str, logits: Any, target_logits: Any, temperature: Any, options: Options) -> Array:
     function, axis, name = f"softmax_{kind}_divergence", options.axis, options.class_axis_name
     check_logits(function, logits, axis)
     check_logits(function, target_logits, axis, "target_logits")

@@ -189,8 +189,8 @@ def _of_all_devices(static: Static, pair: Pair, here: Normalizer, axis_name: Axi
     if axis_name is not None:
         local_m, m = m, lax.pmax(m, axis_name)
         holds = local_m == m
-        scale = exp_difference(local_m, m, _temperature(static, pair, m.dtype))
-        r = jnp.where(holds, r, product_or_zero(scale, 1 + r))
+        by = static.temperature if pair.temperature is None else pair.temperature.astype(m.dtype)
+        r = jnp.where(holds, r, product_or_zero(exp_difference(local_m, m, by), 1 + r))
         r, holders = lax.psum((r, holds.astype(m.dtype)), axis_name)
         r += holders - 1
     return Normalizer(jnp.where(jnp.isfinite(m), m, jnp.nan), r)
@@ -220,12 +220,11 @@ def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
     if pair.class_mask is not None:
         mask = over_rows(pair.class_mask, z_p.ndim)
         z_p, z_q = (jnp.where(mask, z, -jnp.inf) for z in (z_p, z_q))
-    temperature = _temperature(static, pair, dtype)
-    return z_p, z_q, temperature if isinstance(temperature, float) else temperature[..., None]
+    return z_p, z_q, _temperature(static, pair, dtype)
 
 
 def _temperature(static: Static, pair: Pair, dtype: Any) -> float | Array:
-    return static.temperature if pair.temperature is None else pair.temperature.astype(dtype)
+    return static.temperature if pair.temperature is None else pair.temperature.astype(dtype)[..., None]
 
 
 def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
@@ -287,33 +286,29 @@ def _kl(p: Array, q: Array, d: Array) -> Array:
 
 def _js(p: Array, q: Array, d: Array) -> Array:
     """sum_j h_j (s_j tanh s_j - log cosh s_j), s = d / 2."""
-    a, near, s = _half(d)
+    a, near, s, log_cosh = _half(d)
     shrunk = jnp.exp(-2 * a)
     large = math.log(2) - jnp.log1p(shrunk) - 2 * a * shrunk / (1 + shrunk)
-    return jnp.sum((p + q) / 2 * jnp.where(near, s * jnp.tanh(s) - _log_cosh(s), large), -1)
+    return jnp.sum((p + q) / 2 * jnp.where(near, s * jnp.tanh(s) - log_cosh, large), -1)
 
 
 def _against_mean(d: Array) -> tuple[Array, Array]:
     """l_p and l_q: log 2 less what is small for the larger of both, and 2 |s| below that for the other."""
-    a, near, s = _half(d)
+    a, near, s, log_cosh = _half(d)
     up = math.log(2) - jnp.log1p(jnp.exp(-2 * a))
     down = up - 2 * a
-    log_cosh = _log_cosh(s)
     return (
         jnp.where(near, -s - log_cosh, jnp.where(d < 0, up, down)),
         jnp.where(near, s - log_cosh, jnp.where(d < 0, down, up)),
     )
 
 
-def _half(d: Array) -> tuple[Array, Array, Array]:
-    """|s| up to 50, where exp(-2 |s|) is nothing; whether it is small; and s, 0 where it is not."""
+def _half(d: Array) -> tuple[Array, Array, Array, Array]:
+    """|s| up to 50, where exp(-2 |s|) is nothing; whether it is small; s and log cosh s, 0 where it is not."""
     s = jnp.clip(d / 2, -50, 50)
     near = jnp.abs(s) < 1
-    return jnp.abs(s), near, jnp.where(near, s, 0)
-
-
-def _log_cosh(s: Array) -> Array:
-    return jnp.log1p(2 * jnp.sinh(s / 2) ** 2)
+    small = jnp.where(near, s, 0)
+    return jnp.abs(s), near, small, jnp.log1p(2 * jnp.sinh(small / 2) ** 2)
 
 
 def _rule(zeros: Callable[..., Array], gradient: Callable[..., Pair]) -> Any:
@@ -348,14 +343,16 @@ def _gradient(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g:
     else:
         l_p, l_q = _against_mean(d)
         bar_p, bar_q = p * (l_p - sums[1]) / 2, q * (l_q - sums[2]) / 2
-    bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1)
-    g = g / _temperature(static, pair, p.dtype)
-    found = bar_p * g[..., None], bar_q * g[..., None], None, None, bar_t * g
+    bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
+    g = g[..., None] / _temperature(static, pair, p.dtype)
 
-    def of_perturbed(is_perturbed: Any, x: Array, like: Array) -> Array | None:
-        return keep(pair.counts, x).astype(like.dtype) if is_perturbed else None
+    def of_perturbed(is_perturbed: Any, bar: Array, x: Array) -> Array | None:
+        if not is_perturbed:
+            return None
+        found = keep(pair.counts, bar * g)
+        return (found if x.ndim == found.ndim else found[..., 0]).astype(x.dtype)
 
-    return Pair(*map(of_perturbed, perturbed.tree(pair), found, pair))
+    return Pair(*map(of_perturbed, perturbed.tree(pair), (bar_p, bar_q, None, None, bar_t), pair))
 
 
 def _gradient_of_layers(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g: Array) -> Pair:

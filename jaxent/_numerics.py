@@ -14,11 +14,6 @@ def accumulation_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def common_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
-    """Of two operands: also where jax is told not to promote."""
-    return jnp.dtype(a) if a == b else accumulation_dtype(a, b)
-
-
 def widen(x: Array) -> Array:
     """`x` in its accumulation dtype."""
     return x.astype(accumulation_dtype(x.dtype))

@@ -1,13 +1,13 @@
 """Losses for outputs that are probabilities (or log-probabilities) already.
 
-The gradients are autodiff's. Two habits make them right on hostile input: what 0 log 0 would touch is
-replaced before the logarithm, and a bad row is multiplied by NaN, which poisons its gradient as well.
+The gradients are autodiff's. Two habits make them right on hostile input: what 0 log 0 would touch is replaced before
+the logarithm, and a bad row is multiplied by NaN, which poisons its gradient as well.
 A probability up to 16 ulp above 1 is 1: sums of probabilities round to such numbers.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
+from ._contracts import Values
 from ._devices import ALL, lanes, split_as
 from ._logits.explicit import sharding_of
 from ._numerics import (
@@ -57,25 +58,24 @@ def categorical_cross_entropy(
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 probs).
 
     Gradients:
-      -1/p at the label, -q/p for a distribution, with respect to probs; -log p with respect to a
-      distribution, 0 where p = q = 0; the loss with respect to a weight, also one of 0 (0 where the loss is not
-      finite). All derivatives in both modes.
+      -1/p at the label, -q/p for a distribution, with respect to probs; -log p with respect to a distribution, 0
+      where p = q = 0; the loss with respect to a weight, also one of 0 (0 where the loss is not finite). All
+      derivatives in both modes.
 
     Numerics:
-      Probabilities are never clipped: p = 0 at the label gives a loss of +inf and a gradient of -inf, which
-      is what a softmax that underflowed has lost and what `softmax_cross_entropy` on the logits still knows.
-      Up to 16 ulp above 1 (1 + 16 eps of the dtype of probs: 1.000002 in float32, 1.125 in bfloat16) p is taken
-      as 1, and the gradient is that at 1. A row with any other probability outside [0, 1], NaN, or a label out
-      of range has NaN loss and NaN gradient; others are clean. Masked rows contribute exactly 0. A mean over
-      nothing is 0.
+      Probabilities are never clipped: p = 0 at the label gives a loss of +inf and a gradient of -inf, which is what a
+      softmax that underflowed has lost and what `softmax_cross_entropy` on the logits still knows. Up to 16 ulp above
+      1 (1 + 16 eps of the dtype of probs: 1.000002 in float32, 1.125 in bfloat16) p is taken as 1, and the gradient
+      is that at 1. A row with any other probability outside [0, 1], NaN, or a label out of range has NaN loss and NaN
+      gradient; others are clean. Masked rows contribute exactly 0. A mean over nothing is 0.
 
     Cost:
       One pass over N x V; no one-hot array for integer labels.
 
     Raises:
-      TypeError: integer probs; labels of a type or form that is neither of the two.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution
-        that holds NaN. Those in a jax array raise under `checkify.checkify`.
+      TypeError: integer probs; labels of a type or form that is neither of the two; a mask that is not bool.
+      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution that
+        holds NaN. Those in a jax array raise under `checkify.checkify`.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -86,21 +86,20 @@ def categorical_cross_entropy(
     Source:
       tf.keras.losses.CategoricalCrossentropy, which clips at 1e-7.
     """
-    function = "categorical_cross_entropy"
     options = Options(axis, where, None, weights, reduction=reduction)
-    batch, rows = _prepare(function, "probs", probs, labels, options)
+    rows, x, label, q = _prepare("categorical_cross_entropy", "probs", probs, labels, options)
 
-    def loss(p: Array, label: Array | None, q: Array | None) -> Array:
-        if label is not None:  # one probability of a row is read, all are looked at
-            bad = ~jnp.all(is_probability(p), -1) | (label < 0)
-            return -jnp.log(at_most_1(_select(_poisoned(bad, widen(p)), label)))
+    def loss(p: Array, q: Array | None) -> Array:
+        if q is None:  # one probability of a row is read, all are looked at
+            ok = is_probability(p).all(-1) & (label >= 0)
+            return -jnp.log(at_most_1(_select(widen(p) * nan_unless(ok)[..., None], label)))
         p = probability(p, accumulation_dtype(p.dtype))
-        bad = jnp.isnan(p).any(-1)
         q = q.astype(p.dtype)
-        p = _poisoned(bad | jnp.isnan(q).any(-1), p)
+        bad = (jnp.isnan(p) | jnp.isnan(q)).any(-1)
+        p = p * nan_unless(~bad)[..., None]
         return jnp.sum(q * -jnp.log(jnp.where((q == 0) & (p == 0), 1, p)), -1)
 
-    return _reduce(loss, batch, rows, 1)
+    return _reduce(rows, loss, x, 1, q)
 
 
 @contracts.takes_arrays
@@ -114,37 +113,31 @@ def binary_cross_entropy(
 ) -> Array:
     """Cross-entropy of independent yes/no classes from probabilities. Prefer logits: `sigmoid_cross_entropy`.
 
-    loss = -y log p - (1 - y) log(1 - p), elementwise; 0 log 0 = 0; "mean" is
-    sum(where w loss) / sum(where w).
+    loss = -y log p - (1 - y) log(1 - p), elementwise; 0 log 0 = 0; "mean" is sum(where w loss) / sum(where w).
 
     Args:
       probs: `[...]`, floating point in [0, 1].
       labels: `[...]`, exactly the shape of probs; bool, 0/1 integers, or floats in [0, 1].
-      where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
-      weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
+      where: bool `[...]`; like all that follow as in `categorical_cross_entropy`, of elements.
+      weights: real `[...]`.
       reduction: "none", "sum" or "mean".
 
     Returns:
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 probs).
 
     Gradients:
-      -y/p + (1 - y)/(1 - p) with respect to probs, log(1 - p) - log p with respect to float labels; a term
-      that is 0 * inf is 0. With respect to a weight, also one of 0, the loss (0 where it is not finite). All
-      derivatives in both modes.
+      -y/p + (1 - y)/(1 - p) with respect to probs, log(1 - p) - log p with respect to float labels; a term that is
+      0 * inf is 0. Weights and modes as in `categorical_cross_entropy`.
 
     Numerics:
-      Probabilities are never clipped: p = 0 at y = 1 gives +inf. A p next to 1 has rounded 1 - p away
-      already, at worst all of it; `sigmoid_cross_entropy` on the logits has not. Up to 16 ulp above 1 p and y
-      are taken as 1, and the gradient is that at 1. An element with p or y elsewhere outside [0, 1] has NaN loss
-      and NaN gradient; others are clean. Masked elements contribute exactly 0.
+      As `categorical_cross_entropy`, for p and y of an element: p = 0 at y = 1 gives +inf. A p next to 1 has rounded
+      1 - p away already, at worst all of it; `sigmoid_cross_entropy` on the logits has not.
 
     Cost:
       Elementwise; nothing of the size of probs beyond the result.
 
     Raises:
-      TypeError: integer probs; complex labels; a mask that is not bool.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels outside [0, 1]. Labels in a jax array
-        raise under `checkify.checkify`.
+      As `categorical_cross_entropy`; TypeError: complex labels; ValueError: NumPy labels outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -163,7 +156,7 @@ def binary_cross_entropy(
 
     def losses(counts: Array | None) -> Array:
         dtype = accumulation_dtype(x.dtype)
-        p, y = probability(keep(counts, x, 0.5), dtype), probability(keep(counts, given, False), dtype)
+        p, y = probability(keep(counts, x, 0.5), dtype), probability(keep(counts, given), dtype)
         poison = nan_unless(~jnp.isnan(p + y))
         p, y = p * poison, y * poison
         yes = -jnp.log(jnp.where((y == 0) & (p == 0), 1, p))
@@ -190,16 +183,16 @@ def nll_loss(
 ) -> Array:
     """Negative log-likelihood from log-probabilities (a `log_softmax`, a CRF, a flow).
 
-    loss = -cw[label] log_probs[label], or -sum_j cw_j q_j log_probs_j for a distribution q; "mean" divides
-    the sum of where w loss by the sum of where w cw[label] (of where w for a distribution).
+    loss = -cw[label] log_probs[label], or -sum_j cw_j q_j log_probs_j for a distribution q; "mean" divides the sum of
+    where w loss by the sum of where w cw[label] (of where w for a distribution).
 
     Args:
       log_probs: `[..., V]`, floating point. Values above 0 (densities) are taken as they are.
       labels: integers `[...]` in [0, V), or a float distribution `[..., V]`.
       axis: the class axis.
-      where: bool `[...]`; False rows are gone, even if they hold NaN or a bad label.
+      where: bool `[...]`; this and `weights` are as in `categorical_cross_entropy`.
       ignore_index: rows with this integer label are gone as well.
-      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN or a bad label.
+      weights: real `[...]`.
       class_weights: real `[V]`; a constant for differentiation. Rows with a label of weight 0 are gone as well.
       reduction: "none", "sum" or "mean".
 
@@ -208,23 +201,18 @@ def nll_loss(
 
     Gradients:
       -cw at the label, -cw q for a distribution, in the dtype of log_probs; -cw log_probs with respect to a
-      distribution, 0 where q = 0 meets -inf; the loss with respect to a weight, also one of 0 (0 where the loss
-      is not finite). All derivatives in both modes.
+      distribution, 0 where q = 0 meets -inf. Weights and modes as in `categorical_cross_entropy`.
 
     Numerics:
       -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out of range, or NaN beside a
-      distribution, has NaN loss and a NaN row of the gradient; others are clean. For an integer label only its
-      own entry is read.
+      distribution, has NaN loss and a NaN row of the gradient; others are clean. For an integer label only its own
+      entry is read.
 
     Cost:
-      One pass over N x V; no one-hot array for integer labels; works on a class axis that is split over
-      devices.
+      That of `categorical_cross_entropy`; works on a class axis that is split over devices.
 
     Raises:
-      TypeError: integer log_probs; labels of a type or form that is neither of the two.
-      ValueError: shapes that differ (nothing is broadcast), NumPy labels out of range or a NumPy distribution
-        that holds NaN, ignore_index beside a distribution. Labels in a jax array raise under
-        `checkify.checkify`.
+      As `categorical_cross_entropy`; TypeError: integer log_probs; ValueError: ignore_index beside a distribution.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
@@ -235,29 +223,27 @@ def nll_loss(
     Source:
       torch.nn.functional.nll_loss, with its class-weighted mean.
     """
-    function = "nll_loss"
     options = Options(axis, where, ignore_index, weights, class_weights, None, reduction)
-    batch, rows = _prepare(function, "log_probs", log_probs, labels, options)
-    x = batch.values
+    rows, x, label, q = _prepare("nll_loss", "log_probs", log_probs, labels, options)
     factors = rows.class_weights(x.shape[-1])
     if factors is not None:
         factors = factors.astype(accumulation_dtype(x.dtype))
-        if batch.label is not None:
-            rows = rows.weigh_labels(factors, batch.label)
-            rows = rows.only(rows.label_weight != 0)
-        factors = over_rows(factors, x.ndim)
-
-    def loss(x: Array, label: Array | None, q: Array | None) -> Array:
-        x = widen(x)
         if label is not None:
-            loss = -_select(_poisoned(label < 0, x), label)
+            rows = rows.weigh_labels(factors, label)
+            rows = rows.only(rows.label_weight != 0)
+
+    def loss(x: Array, q: Array | None) -> Array:
+        x = widen(x)
+        if q is None:
+            loss = -_select(x * jnp.where(label < 0, jnp.nan, 1)[..., None], label)
             return loss if rows.label_weight is None else rows.label_weight * loss
         q = q.astype(x.dtype)
-        x = _poisoned((jnp.isnan(x) | jnp.isnan(q)).any(-1), x)
-        q = q if factors is None else q * factors
+        bad = (jnp.isnan(x) | jnp.isnan(q)).any(-1)
+        x = x * nan_unless(~bad)[..., None]
+        q = q if factors is None else q * over_rows(factors, x.ndim)
         return jnp.sum(q * -limit(q, x), -1)
 
-    return _reduce(loss, batch, rows, 0)
+    return _reduce(rows, loss, x, 0, q)
 
 
 @contracts.takes_arrays
@@ -279,11 +265,10 @@ def kl_divergence(
 
     Args:
       log_probs: `[..., V]`, floating point.
-      target_probs: `[..., V]`, floating point in [0, 1]; if generalized, >= 0. That a row sums to 1 is not
-        checked.
+      target_probs: `[..., V]`, floating point in [0, 1]; if generalized, >= 0. That a row sums to 1 is not checked.
       axis: the class axis.
-      where: bool `[...]`; False rows are gone, even if they hold NaN.
-      weights: real `[...]`; a row of weight 0 adds nothing, even if it holds NaN.
+      where: bool `[...]`; this and `weights` are as in `categorical_cross_entropy`.
+      weights: real `[...]`.
       generalized: of measures; never negative, and 0 only where both are the same.
       reduction: "none", "sum" or "mean".
 
@@ -291,24 +276,21 @@ def kl_divergence(
       Divergences `[...]`, or a scalar, in nats; float32 (float64 for float64 log_probs).
 
     Gradients:
-      -q with respect to log_probs, in their dtype; log q - log_probs + 1 with respect to target_probs; if
-      generalized, p - q and log q - log_probs. Where q = 0 log q + 1, and an infinite log_probs, count as 0. With
-      respect to a weight, also one of 0, the loss (0 where it is not finite). All derivatives in both modes.
+      -q with respect to log_probs, in their dtype; log q - log_probs + 1 with respect to target_probs; if generalized,
+      p - q and log q - log_probs. Where q = 0 log q + 1, and an infinite log_probs, count as 0. Weights and modes
+      as in `categorical_cross_entropy`.
 
     Numerics:
-      Rounding leaves about 1e-7 |log p|, of either sign: near 0 use `softmax_kl_divergence`, which is
-      accurate and never negative there. Generalized it is accurate as far as p = exp(log_probs) is: an error of
-      1e-7 in p - q, near 0 too. q > 0 where the model has -inf gives +inf. A q up to 16 ulp above 1 is taken as
-      1. A row with q out of range or a NaN has NaN loss and NaN gradient, others are clean. Masked rows
-      contribute exactly 0.
+      Rounding leaves about 1e-7 |log p|, of either sign: near 0 use `softmax_kl_divergence`, which is accurate and
+      never negative there. Generalized it is accurate as far as p = exp(log_probs) is: an error of 1e-7 in p - q,
+      near 0 too. q > 0 where the model has -inf gives +inf. NaN and a q out of range, or up to 16 ulp above 1 (unless
+      generalized), are as in `categorical_cross_entropy`.
 
     Cost:
       One pass over N x V.
 
     Raises:
-      TypeError: integer log_probs or target_probs; a mask that is not bool.
-      ValueError: shapes that differ (nothing is broadcast), NumPy targets out of range. Those in a jax array
-        raise under `checkify.checkify`.
+      As `categorical_cross_entropy`; TypeError: integer target_probs; ValueError: NumPy targets out of range.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -320,26 +302,22 @@ def kl_divergence(
       torch.nn.functional.kl_div, whose "batchmean" is "mean" here; optax.losses.generalized_kl_divergence.
     """
     function = "kl_divergence"
-    if np.shape(target_probs) != np.shape(log_probs) or not contracts.is_floating(target_probs):
-        contracts.check_floating(function, "target_probs", target_probs, "Pass probabilities as floats.")
-        remedy = "For class indices use `nll_loss`."
-        what = "the shape of `log_probs`"
-        contracts.check_shape(function, "target_probs", target_probs, np.shape(log_probs), what, remedy)
+    contracts.check_floating(function, "target_probs", target_probs, "Pass probabilities as floats.")
+    shape, remedy = np.shape(log_probs), "For class indices use `nll_loss`."
+    contracts.check_shape(function, "target_probs", target_probs, shape, "the shape of `log_probs`", remedy)
     targets = MEASURE if generalized else PROBABILITIES
     options = Options(axis, where, None, weights, reduction=reduction)
-    batch, rows = _prepare(function, "log_probs", log_probs, target_probs, options, targets)
+    rows, x, _, q = _prepare(function, "log_probs", log_probs, target_probs, options, targets)
 
-    def loss(x: Array, _: Array | None, q: Array | None) -> Array:
+    def loss(x: Array, q: Array) -> Array:
         x = widen(x)
-        bad = (jnp.isnan(x) | ~targets.ok(q)).any(-1)
+        poison = nan_unless(~(jnp.isnan(x) | ~targets.ok(q)).any(-1))[..., None]
         q = q.astype(x.dtype) if generalized else probability(q, x.dtype)
-        x, q = _poisoned(bad, x), _poisoned(bad, q)
+        x, q = x * poison, q * poison
         log_q = jnp.log(jnp.where(q == 0, 1, q))
-        if not generalized:
-            return jnp.sum(q * (log_q - limit(q, x)), -1)
-        return jnp.sum(_generalized(q, log_q, x), -1)
+        return jnp.sum(_generalized(q, log_q, x) if generalized else q * (log_q - limit(q, x)), -1)
 
-    return _reduce(loss, batch, rows, 0)
+    return _reduce(rows, loss, x, 0, q)
 
 
 def _generalized(q: Array, log_q: Array, x: Array) -> Array:
@@ -361,30 +339,17 @@ def _generalized(q: Array, log_q: Array, x: Array) -> Array:
     return jnp.where(near, unit * (s * (a - b) - 2 * b * s**3 * series), far)
 
 
-class _Batch(NamedTuple):
-    """Checked arguments, class axis last; a bad label is -1."""
-
-    values: Array
-    label: Array | None
-    distribution: Array | None
-
-
 # What a distribution may hold. Cross-entropy is linear in it, whatever it sums to.
 REMEDY = "Hide a row with `where=`."
-NUMBERS = contracts.Values(lambda q: q == q, "a number", REMEDY)
-PROBABILITIES = contracts.Values(is_probability, "in [0, 1]", REMEDY)
-MEASURE = contracts.Values(lambda q: (q >= 0) & (q < math.inf), "finite and >= 0", REMEDY)
+NUMBERS = Values(lambda q: q == q, "a number", REMEDY)
+PROBABILITIES = Values(is_probability, "in [0, 1]", REMEDY)
+MEASURE = Values(lambda q: (q >= 0) & (q < math.inf), "finite and >= 0", REMEDY)
 
 
 def _prepare(
-    function: str,
-    argument: str,
-    values: Any,
-    labels: Any,
-    options: Options,
-    targets: contracts.Values | None = None,
-) -> tuple[_Batch, Rows]:
-    """`targets`: what target_probs may hold; None where there are labels."""
+    function: str, argument: str, values: Any, labels: Any, options: Options, targets: Values | None = None
+) -> tuple[Rows, Array, Array | None, Array | None]:
+    """Rows, values, label (a bad one is -1), distribution; class axis last. `targets`: what target_probs may hold."""
     axis = options.axis
     contracts.check_logits(function, values, axis, argument)
     has_index = contracts.check_labels(function, labels, values, axis)
@@ -393,36 +358,26 @@ def _prepare(
     rows = Rows.of(function, options, x.shape[:-1], sharding_of(x), argument)
     if has_index:
         label, rows = rows.class_labels(labels, x.shape[-1])
-        return _Batch(x, label, None), rows
+        return rows, x, label, None
     name, targets = ("labels", NUMBERS) if targets is None else ("target_probs", targets)
     per_row = list(np.shape(labels))
     per_row[axis] = 1
     mask, seen = rows.host_mask, rows.seen
     mask = None if mask is None else np.reshape(mask, per_row)
+    seen = None if seen is None else jnp.expand_dims(seen, axis)
     q = contracts.check_host_values(function, name, labels, targets, mask)
     q = split_as(rows.sharding, ALL, jnp.moveaxis(q, axis, -1))
-    seen = None if seen is None else jnp.expand_dims(seen, axis)
     contracts.debug_check_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
-    return _Batch(x, None, q), rows
+    return rows, x, None, q
 
 
-def _reduce(
-    loss: Callable[[Array, Array | None, Array | None], Array], batch: _Batch, rows: Rows, hidden: float
-) -> Array:
-    """`loss` of rows, of which those that do not count hold `hidden` and a distribution of 0."""
-
-    def losses(counts: Array | None) -> Array:
-        q = batch.distribution
-        return loss(keep(counts, batch.values, hidden), batch.label, q if q is None else keep(counts, q))
-
-    return rows.reduce_finite(losses)
+def _reduce(rows: Rows, loss: Callable[..., Array], x: Array, hidden: float, q: Array | None) -> Array:
+    """`loss(x, q)`, where rows that do not count hold `hidden` and a distribution of 0."""
+    return rows.reduce_finite(
+        lambda counts: loss(keep(counts, x, hidden), q if q is None else keep(counts, q))
+    )
 
 
 def _select(x: Array, label: Array) -> Array:
     """x[..., label] without a gather, which a split class axis would not bear; a bad label takes class 0."""
     return jnp.sum(jnp.where(lanes(x) == jnp.maximum(label, 0)[..., None], x, 0), -1)
-
-
-def _poisoned(bad: Array, x: Array) -> Array:
-    """NaN in a row that is bad, and in its gradient."""
-    return x * nan_unless(~bad)[..., None]

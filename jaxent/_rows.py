@@ -64,8 +64,7 @@ class Rows(NamedTuple):
             contracts.check_real(function, "weights", weights)
             remedy = "Weights are never broadcast: use `jnp.broadcast_to(weights, rows)` if you mean it."
             contracts.check_shape(function, "weights", weights, shape, what, remedy)
-            weights = jnp.asarray(weights)
-            weights = weights.astype(accumulation_dtype(weights.dtype))
+            weights = widen(jnp.asarray(weights))
         rows = cls(function, options, shape, sharding, None, None)
         return rows._replace(counts=rows.split(where), weights=rows.split(weights))
 
@@ -74,14 +73,17 @@ class Rows(NamedTuple):
         return None if x is None else split_as(self.sharding, slice(len(self.shape)), jnp.asarray(x))
 
     @property
-    def host_mask(self) -> Any:
-        """As it came: labels that are known on the host are checked where it is known as well."""
-        return contracts.host_mask(self.options.where, self.options.weights)
-
-    @property
     def seen(self) -> Array | None:
         """Rows whose labels are checked: neither hidden nor of weight 0."""
         return self.counts if self.weights is None else both(self.counts, self.weights != 0)
+
+    @property
+    def host_mask(self) -> Any:
+        """`seen`, of what the caller gave: known wherever that is, beside labels that are known on the host."""
+        where, weights = self.options.where, self.options.weights
+        if weights is None:
+            return where
+        return both(where, weights != np.zeros((), jnp.result_type(weights)))  # bools, too
 
     def only(self, ok: Array | None) -> "Rows":
         return self._replace(counts=both(self.counts, ok))
@@ -95,25 +97,23 @@ class Rows(NamedTuple):
     ) -> tuple[Array, "Rows"]:
         """(int32 labels in [0, classes), -1 where they are bad; the rows without those of `ignore_index`)."""
         ignore_index = self.options.ignore_index
-        labels, ignored = contracts.index_labels(self.function, labels, classes, self.host_mask, ignore_index)
-        labels = self.split(labels)
-        rows = self if ignored is None else self.only(~self.split(ignored))
+        labels, kept = contracts.index_labels(self.function, labels, classes, self.host_mask, ignore_index)
+        labels, rows = self.split(labels), self.only(self.split(kept))
         ok = (labels >= 0) & (labels < classes)
         label = jnp.where(ok, labels, -1).astype(jnp.int32)
         if in_force is not None:
             ok &= in_force(label)
             label = jnp.where(ok, label, -1)
-        checked = ok if rows.seen is None else ok | ~rows.seen
-        contracts.debug_check_labels(self.function, checked, labels, classes)
+        contracts.debug_check_labels(self.function, ok, rows.seen, labels, classes)
         return label, rows
 
     def binary_labels(self, labels: Any, argument: str) -> Array:
         """Yes/no, one for each element of `argument`."""
         contracts.check_binary_labels(self.function, labels, self.shape, argument)
-        values = contracts.YES_NO
-        labels = contracts.check_host_values(self.function, "labels", labels, values, self.host_mask)
+        yes_no = contracts.YES_NO
+        labels = contracts.check_host_values(self.function, "labels", labels, yes_no, self.host_mask)
         labels = self.split(labels)
-        contracts.debug_check_values(self.function, "labels", labels, values, self.seen)
+        contracts.debug_check_values(self.function, "labels", labels, yes_no, self.seen)
         return labels
 
     def all_classes(self, classes: int) -> int:
@@ -123,15 +123,13 @@ class Rows(NamedTuple):
 
     def class_weights(self, classes: int) -> Array | None:
         """Constants `[V]`, checked."""
-        class_weights = self.options.class_weights
-        if class_weights is None:
+        w = self.options.class_weights
+        if w is None:
             return None
-        contracts.check_real(self.function, "class_weights", class_weights)
-        remedy, shape = "For weights of rows use `weights`.", (classes,)
-        contracts.check_shape(self.function, "class_weights", class_weights, shape, "one per class", remedy)
-        class_weights = lax.stop_gradient(jnp.asarray(class_weights))
-        class_weights = class_weights.astype(accumulation_dtype(class_weights.dtype))
-        return split_as(self.sharding, CLASSES, class_weights)
+        remedy = "For weights of rows use `weights`."
+        contracts.check_real(self.function, "class_weights", w)
+        contracts.check_shape(self.function, "class_weights", w, (classes,), "one per class", remedy)
+        return split_as(self.sharding, CLASSES, widen(lax.stop_gradient(jnp.asarray(w))))
 
     def weigh_labels(self, class_weights: Array, label: Array) -> "Rows":
         """With w_y of integer labels; 1 for a bad one, whose loss is NaN and whose row counts."""
@@ -151,10 +149,7 @@ class Rows(NamedTuple):
             losses = weights * jnp.where((weights == 0) & ~jnp.isfinite(losses), 0, losses)
         if self.options.reduction == "none":
             return losses
-        total = self.sum_over_batch(jnp.sum(losses))
-        if self.options.reduction == "sum":
-            return total
-        return divide_or_zero(total, self.total_weight(losses.dtype))
+        return self.normalize(self.sum_over_batch(jnp.sum(losses)))
 
     def reduce_finite(self, losses: Callable[[Array | None], Array]) -> Array:
         """`reduce` of `losses(counts)`, elementwise; what has weight 0 counts if its loss is finite."""
@@ -167,9 +162,11 @@ class Rows(NamedTuple):
             scale = keep(self.counts, self.weights.astype(dtype))
         else:
             scale = jnp.ones(self.shape, dtype) if self.counts is None else self.counts.astype(dtype)
-        if self.options.reduction == "sum":
-            return scale
-        return divide_or_zero(scale, self.total_weight(scale.dtype))
+        return self.normalize(scale)
+
+    def normalize(self, x: Array) -> Array:
+        """A sum is what it is; a mean is divided by the total weight."""
+        return x if self.options.reduction == "sum" else divide_or_zero(x, self.total_weight(x.dtype))
 
     def total_weight(self, dtype: DTypeLike) -> Array:
         """What a mean divides by, over all devices along the batch axis."""
@@ -238,9 +235,7 @@ def divide_or_zero(total: Array, weight: Array) -> Array:
 def mean(
     losses: Array, *, where: Array | None = None, weights: Array | None = None, axis_name: Any = None
 ) -> Array:
-    """Weighted mean of losses: sum(w * l) / sum(w) over the rows that count.
-
-    It is the mean that `reduction="mean"` of every loss in jaxent uses.
+    """Weighted mean of losses, sum(w * l) / sum(w) over the rows that count: `reduction="mean"` of every loss.
 
     Args:
       losses: `[...]`, floating point; or bools, of which it is the share (accuracy: `prediction == labels`).
@@ -249,18 +244,17 @@ def mean(
       axis_name: of a mapped axis (shard_map, pmap, vmap) along which the rows are split: the mean is that of all.
 
     Returns:
-      A scalar, float32 (float64 for float64 losses). 0.0 where nothing counts: everything masked, a total
-      weight of 0, or no rows.
+      A scalar, float32 (float64 for float64 losses); 0.0 where nothing counts: all masked, total weight 0, no rows.
 
     Gradients:
-      w / sum(w) with respect to the losses, exactly 0 where a row does not count; (loss - mean) / sum(w) with respect
-      to the weights, also to one of 0 (0 where its loss is not finite).
+      w / sum(w) by the losses, exactly 0 where a row does not count; (loss - mean) / sum(w) by the weights, also by
+      one of 0 (0 where its loss is not finite).
 
     Numerics:
       Accumulates in float32: neither 70,000 float16 losses overflow nor a million bfloat16 ones stall.
 
     Cost:
-      One pass; no copy beyond the widened losses that XLA fuses into the sum.
+      One pass; XLA fuses the widening of the losses into the sum.
 
     Raises:
       TypeError: integer losses, a mask that is not bool.
@@ -273,8 +267,7 @@ def mean(
       1.5
 
     Source:
-      The token-weighted mean of language model training (e.g. fairseq, MaxText); a mean of per-device means
-      is not it when devices hold different counts.
+      The token-weighted mean of language models (e.g. fairseq, MaxText); no mean of per-device means: counts differ.
     """
     contracts.check_array("mean", "losses", losses)
     if jnp.result_type(losses) == jnp.bool_:
@@ -300,12 +293,12 @@ def total_weight(
 ) -> Array:
     """What `reduction="mean"` divides by: sum(weights * class_weights[label]) over the rows that count.
 
-    Sums of losses of micro-batches, added up and divided by the total weight of all of them, are the mean of all; so
-    are their gradients. A mean of means is not, where their weights differ.
+    The summed losses of micro-batches over their summed total weights are the mean of all; so are the gradients. A mean
+    of means is not, where the weights differ.
 
     Args:
-      labels: integers or bools `[...]`, one per row (or element); what they are is asked with `ignore_index` and
-        `class_weights` only. Beside a distribution pass any such array, e.g. `labels.argmax(-1)`.
+      labels: integers or bools `[...]`, one per row (or element), read for `ignore_index` and `class_weights` only;
+        of a distribution pass any, e.g. `labels.argmax(-1)`.
       where: bool `[...]`, like all that follow what the loss is given.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
@@ -331,8 +324,7 @@ def total_weight(
 
     Example:
       >>> import jax.numpy as jnp, jaxent
-      >>> labels = jnp.array([1, 0, -1])
-      >>> print(jaxent.total_weight(labels, ignore_index=-1))
+      >>> print(jaxent.total_weight(jnp.array([1, 0, -1]), ignore_index=-1))
       2.0
 
     Source:

@@ -1,7 +1,7 @@
 """Elementwise losses of independent yes/no classes, from logits: cross-entropy, focal, asymmetric.
 
-All three are positive * yes(z) + negative * no(z), with the two halves of the label as factors. So one
-gradient rule serves them, and what differs is the `_Form`.
+All three are positive * yes(z) + negative * no(z), with the two halves of the label as factors. So one gradient rule
+serves them, and what differs is the `_Form`.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _contracts as contracts
-from ._contracts import Number, Range
+from ._contracts import Number, Range, check_number, number
 from ._derivatives import varying_like, with_forward_mode
 from ._devices import CLASSES, split_as
 from ._logits.explicit import sharding_of
@@ -44,8 +44,7 @@ def sigmoid_cross_entropy(
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
       weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
-      pos_weight: weight of the positive half: a number >= 0, or an array of shape `[]` or `[V]`, the last
-        axis.
+      pos_weight: weight of the positive half: a number >= 0, or an array of shape `[]` or `[V]`, the last axis.
       label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean".
 
@@ -53,18 +52,18 @@ def sigmoid_cross_entropy(
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, weights and
-      options that are arrays are differentiable as well (for labels it is -(1 - a) z without a pos_weight; the
-      derivative along a weight of 0 is the loss, 0 if that is not finite). Forward mode and second derivatives
-      work. Where the loss takes 0 * inf as 0, at infinite logits, so do the gradients of labels and options.
+      (1 - y') σ(z) - pos_weight y' σ(-z) with respect to logits, in their dtype. Float labels, weights and options that
+      are arrays are differentiable as well (for labels it is -(1 - a) z without a pos_weight; the derivative along a
+      weight of 0 is the loss, 0 if that is not finite). Forward mode and second derivatives work. Where the loss takes
+      0 * inf as 0, at infinite logits, so do the gradients of labels and options.
 
     Numerics:
-      Computed in float32 at least. Loss within 4 ulp, gradient within 2e-6 relative to its two terms, also at
-      losses of 1e-30. Exact at z = +-inf: 0 for the right label, inf for the wrong one. L(z, 1) == L(-z, 0)
-      bit for bit. An element with NaN logit or a bad label has NaN loss and NaN gradient, the others are
-      clean; masked elements contribute exactly 0 to both. A mean over nothing is 0. A float label up to 16 ulp
-      above 1, as sums of probabilities are, is taken as 1. An option that is a jax array makes the loss NaN
-      where it is out of range (of its class, if it is one per class).
+      Computed in float32 at least. Loss within 4 ulp, gradient within 2e-6 relative to its two terms, also at losses
+      of 1e-30. Exact at z = +-inf: 0 for the right label, inf for the wrong one. L(z, 1) == L(-z, 0) bit for bit. An
+      element with NaN logit or a bad label has NaN loss and NaN gradient, the others are clean; masked elements
+      contribute exactly 0 to both. A mean over nothing is 0. A float label up to 16 ulp above 1, as sums of
+      probabilities are, is taken as 1. An option that is a jax array makes the loss NaN where it is out of range (of
+      its class, if it is one per class).
 
     Cost:
       Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels. An option
@@ -85,7 +84,7 @@ def sigmoid_cross_entropy(
       torch.nn.BCEWithLogitsLoss for pos_weight.
     """
     options = Options(where=where, weights=weights, reduction=reduction)
-    return _loss("sigmoid_cross_entropy", logits, labels, options, (pos_weight, label_smoothing), _Form())
+    return _loss("sigmoid_cross_entropy", logits, labels, options, pos_weight, _Form(label_smoothing))
 
 
 @contracts.takes_arrays
@@ -121,12 +120,11 @@ def sigmoid_focal_loss(
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      -(1 - p)^gamma (gamma p (-log p) + 1 - p) at y = 1, mirrored at y = 0, in the logits' dtype. Float
-      labels, weights and options that are arrays are differentiable. Forward mode and second derivatives work.
+      -(1 - p)^gamma (gamma p (-log p) + 1 - p) at y = 1, mirrored at y = 0; else as `sigmoid_cross_entropy`.
 
     Numerics:
-      As `sigmoid_cross_entropy`; loss and gradient within 2e-6 relative for gamma up to 5, however large |z|,
-      down to where float32 ends. L(z, 1) == L(-z, 0) bit for bit without alpha.
+      As `sigmoid_cross_entropy`; loss and gradient within 2e-6 relative for gamma up to 5, however large |z|, down to
+      where float32 ends. L(z, 1) == L(-z, 0) bit for bit without alpha.
 
     Cost:
       That of `sigmoid_cross_entropy`.
@@ -140,23 +138,22 @@ def sigmoid_focal_loss(
       [1.732868e-01 5.871570e-06]
 
     Source:
-      Lin et al., Focal Loss for Dense Object Detection, 2017. For labels strictly between 0 and 1 this is the
-      mean of the loss over the two answers, as in `sigmoid_asymmetric_loss`; torchvision and optax put the
-      label inside the power there.
+      Lin et al., Focal Loss for Dense Object Detection, 2017. For labels strictly between 0 and 1 this is the mean of
+      the loss over the two answers, as in `sigmoid_asymmetric_loss`; torchvision and optax put the label inside the
+      power there.
     """
     function = "sigmoid_focal_loss"
-    remedy = "gamma=0 is `sigmoid_cross_entropy`."
-    gamma = contracts.number(function, "gamma", gamma, Range(0, math.inf, remedy))
-    form = _Form(gamma_positive=gamma, gamma_negative=gamma)
+    gamma = number(function, "gamma", gamma, Range(0, math.inf, "gamma=0 is `sigmoid_cross_entropy`."))
+    form = _Form(label_smoothing, gamma_positive=gamma, gamma_negative=gamma)
     if alpha is not None:
         remedy = (
             "Positives weigh alpha, negatives 1 - alpha: one number. For one per class pass "
             "`pos_weight=alpha / (1 - alpha)` and multiply the losses by `1 - alpha`."
         )
-        alpha = contracts.number(function, "alpha", alpha, Range(0, 1, remedy))
+        alpha = number(function, "alpha", alpha, Range(0, 1, remedy))
         form = form._replace(positive=alpha, negative=1 - alpha)
     options = Options(where=where, weights=weights, reduction=reduction)
-    return _loss(function, logits, labels, options, (pos_weight, label_smoothing), form)
+    return _loss(function, logits, labels, options, pos_weight, form)
 
 
 @contracts.takes_arrays
@@ -194,13 +191,11 @@ def sigmoid_asymmetric_loss(
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 logits).
 
     Gradients:
-      Through the powers as well (the authors' code can stop them), in the logits' dtype. Float labels, weights
-      and options that are arrays are differentiable. Forward mode and second derivatives work.
+      Through the powers as well (the authors' code can stop them); else as `sigmoid_cross_entropy`.
 
     Numerics:
-      As `sigmoid_focal_loss`, within 4e-6 relative. p - clip is not formed by subtraction, so the loss of a
-      negative just above the clip keeps its digits. With clip > 0 the loss of a negative is at most
-      -log(clip), not infinite.
+      As `sigmoid_focal_loss`, within 4e-6 relative. p - clip is not formed by subtraction, so the loss of a negative
+      just above the clip keeps its digits. With clip > 0 the loss of a negative is at most -log(clip), not infinite.
 
     Cost:
       That of `sigmoid_cross_entropy`.
@@ -218,20 +213,20 @@ def sigmoid_asymmetric_loss(
     """
     function = "sigmoid_asymmetric_loss"
     exponent = Range(0, math.inf, "The paper has gamma_negative=4, gamma_positive=1.")
-    gamma_negative = contracts.number(function, "gamma_negative", gamma_negative, exponent)
-    gamma_positive = contracts.number(function, "gamma_positive", gamma_positive, exponent)
+    gamma_negative = number(function, "gamma_negative", gamma_negative, exponent)
+    gamma_positive = number(function, "gamma_positive", gamma_positive, exponent)
     remedy = "It is a probability, and part of the program: pass `float(clip)` outside jit; 0 turns it off."
-    contracts.check_number(function, "clip", clip, Range(0, 1, remedy))
+    check_number(function, "clip", clip, Range(0, 1, remedy))
     contracts.check_option(function, "clip", clip, clip < 1, "in [0, 1)", remedy)
-    form = _Form(gamma_positive=gamma_positive, gamma_negative=gamma_negative, clip=float(clip))
+    form = _Form(label_smoothing, 1.0, 1.0, gamma_positive, gamma_negative, float(clip))
     options = Options(where=where, weights=weights, reduction=reduction)
-    return _loss(function, logits, labels, options, (pos_weight, label_smoothing), form)
+    return _loss(function, logits, labels, options, pos_weight, form)
 
 
 class _Form(NamedTuple):
     """Floats are part of the program; arrays `[]` (or `[1, ..., V]`) are values in it, and have a derivative."""
 
-    label_smoothing: Number = 0.0
+    label_smoothing: Any  # a `Number` once it is checked
     positive: Number = 1.0
     negative: Number = 1.0
     gamma_positive: Number = 0.0
@@ -239,37 +234,28 @@ class _Form(NamedTuple):
     clip: float = 0.0
 
 
-def _loss(
-    function: str, logits: Any, labels: Any, options: Options, common: tuple[Any, Any], form: Any
-) -> Array:
-    """`common` are pos_weight and label_smoothing, as they came."""
+def _loss(function: str, logits: Any, labels: Any, options: Options, pos_weight: Any, form: _Form) -> Array:
+    """`pos_weight` and `label_smoothing` as they came; all else in `form` is checked."""
     remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
     contracts.check_floating(function, "logits", logits, remedy)
     z = jnp.asarray(logits)
     rows = Rows.of(function, options, z.shape, sharding_of(z))
-    labels = rows.binary_labels(labels, "logits")
+    y = rows.binary_labels(labels, "logits")
 
-    pos_weight, smoothing = common
     remedy = "It multiplies the positive half of the loss; for weights of elements use `weights`."
-    allowed = Range(0, math.inf, remedy)
     pos_weight = 1.0 if pos_weight is None else pos_weight
-    pos_weight = contracts.number(function, "pos_weight", pos_weight, allowed, classes=z.shape[-1:])
-    if not isinstance(pos_weight, float) and pos_weight.ndim:
+    pos_weight = number(function, "pos_weight", pos_weight, Range(0, math.inf, remedy), classes=z.shape[-1:])
+    if np.ndim(pos_weight):
         pos_weight = over_rows(split_as(rows.sharding, CLASSES, pos_weight), z.ndim)
     allowed = Range(0, 1, "It moves labels towards 1/2.")
-    smoothing = contracts.number(function, "label_smoothing", smoothing, allowed)
+    smoothing = number(function, "label_smoothing", form.label_smoothing, allowed)
     dtype = accumulation_dtype(z.dtype)
     positive = as_dtype(form.positive, dtype) * as_dtype(pos_weight, dtype)
     form = form._replace(label_smoothing=smoothing, positive=positive)
-    static, values = _partition(as_dtype(x, dtype) for x in form)
-    inputs = z, labels, rows.counts, rows.weights, values
-    z, labels, values = varying_like(inputs, (z, labels, values))
-
-    def losses(counts: Array | None) -> Array:
-        y = keep(counts, labels, False)  # it takes any dtype
-        return _elementwise(static, keep(counts, z), y, values)
-
-    return rows.reduce_finite(losses)
+    values = {name: x.astype(dtype) for name, x in form._asdict().items() if not isinstance(x, float)}
+    static = form._replace(**dict.fromkeys(values))
+    z, y, values = varying_like((z, y, values, rows.counts, rows.weights), (z, y, values))
+    return rows.reduce_finite(lambda counts: _elementwise(static, keep(counts, z), keep(counts, y), values))
 
 
 def _off(option: Number) -> bool:
@@ -297,24 +283,29 @@ def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
 class _Half(NamedTuple):
     """The loss at the label 1 or 0, unweighted, and its derivatives by z and by its exponent."""
 
+    label: Array  # y' or 1 - y'
+    factor: Array  # what `value` is multiplied by: the label and its weight
     value: Array
     slope: Array
     per_gamma: Array
 
 
-def _halves(form: _Form, z: Array, positive: Array, negative: Array) -> tuple[_Half, _Half]:
-    """yes(z), no(z); 0 where they are infinite and their factor is 0."""
+def _halves(form: _Form, z: Array, labels: Array) -> tuple[_Half, _Half]:
+    """yes(z), no(z); 0 where they are infinite and their factor is 0, NaN where the label is outside [0, 1]."""
+    y = probability(labels, z.dtype)
+    other = 1 - y
+    if not _off(form.label_smoothing):
+        y, other = ((1 - form.label_smoothing) * x + form.label_smoothing / 2 for x in (y, other))
+    positive, negative = form.positive * y, form.negative * other
     p, q, a, b = _sigmoids(z)
     u, minus_log_u, b_u, lead, rise = _clipped(form, z, p, q, a, b)
-    fall = q
-    if not _off(form.gamma_positive):
-        fall = fall + form.gamma_positive * p * limit(p, a)
+    fall = q if _off(form.gamma_positive) else q + form.gamma_positive * p * limit(p, a)
     if not _off(form.gamma_negative):
         rise = rise + form.gamma_negative * q * limit(q, b_u) * lead
     easy, hard = _power(q, form.gamma_positive), _power(u, form.gamma_negative)
-    yes = _Half(easy * limit(positive, a), -easy * fall, -easy * limit(b, a) * limit(a, b))
+    yes = _Half(y, positive, easy * limit(positive, a), -easy * fall, -easy * limit(b, a) * limit(a, b))
     per_gamma = -hard * limit(minus_log_u, b_u) * limit(b_u, minus_log_u)
-    return yes, _Half(hard * limit(negative, b_u), hard * rise, per_gamma)
+    return yes, _Half(other, negative, hard * limit(negative, b_u), hard * rise, per_gamma)
 
 
 def _clipped(form: _Form, z: Array, p: Array, q: Array, a: Array, b: Array) -> tuple[Array, ...]:
@@ -343,33 +334,10 @@ def _power(x: Array, gamma: Number) -> Array:
     return jnp.where(zero, 0, jnp.where(zero, 1, x) ** gamma)
 
 
-def _factors(form: _Form, labels: Array, dtype: Any) -> tuple[Array, Array, Array, Array]:
-    """positive, negative, y' and 1 - y'; NaN where the label is outside [0, 1]."""
-    y, a = probability(labels, dtype), form.label_smoothing
-    yes, no = (y, 1 - y) if _off(a) else ((1 - a) * y + a / 2, (1 - a) * (1 - y) + a / 2)
-    return form.positive * yes, form.negative * no, yes, no
-
-
-def _partition(form: Any) -> tuple[_Form, _Form]:
-    """The floats, and the arrays."""
-    form = _Form(*form)
-    static = _Form(*(x if isinstance(x, float) else None for x in form))
-    return static, form._replace(**{name: None for name, x in static._asdict().items() if x is not None})
-
-
-def _combine(static: Any, values: Any) -> _Form:
-    return _Form(*(x if value is None else value for x, value in zip(static, values, strict=True)))
-
-
-def _primal(static: _Form, logits: Array, labels: Array, values: _Form) -> Array:
-    form, z = _combine(static, values), widen(logits)
-    positive, negative, *_ = _factors(form, labels, z.dtype)
-    yes, no = _halves(form, z, positive, negative)
-    return positive * yes.value + negative * no.value
-
-
-def _forward(static: _Form, logits: Array, labels: Array, values: _Form) -> Any:
-    return _primal(static, logits, labels, values), (logits, labels, values)
+def _primal(static: _Form, logits: Array, labels: Array, values: dict[str, Any]) -> Array:
+    """`static` has None where `values` has an array."""
+    yes, no = _halves(static._replace(**values), widen(logits), labels)
+    return yes.factor * yes.value + no.factor * no.value
 
 
 # loss     = positive yes(z) + negative no(z)      positive = α w y',  negative = (1 - α) (1 - y')
@@ -386,40 +354,33 @@ def _forward(static: _Form, logits: Array, labels: Array, values: _Form) -> Any:
 # dloss/d(α w) = y' yes(z)                         dloss/d(1 - α) = (1 - y') no(z)
 def _backward(static: _Form, residuals: Any, g: Array) -> Any:
     logits, labels, values = residuals
-    form, z = _combine(static, values), widen(logits)
-    positive, negative, y, other = _factors(form, labels, z.dtype)
-    yes, no = _halves(form, z, positive, negative)
+    form, z = static._replace(**values), widen(logits)
+    yes, no = _halves(form, z, labels)
     if all(map(_off, (form.gamma_positive, form.gamma_negative, form.clip))):
         up = z >= 0
         d = (form.positive - form.negative) * jnp.where(up, yes.value, no.value)
-        d = d - jnp.where(up, form.negative * limit(negative, z), form.positive * limit(positive, z))
+        d = d - jnp.where(up, form.negative * limit(no.factor, z), form.positive * limit(yes.factor, z))
     else:
         d = form.positive * yes.value - form.negative * no.value
-    d = d * nan_unless(~jnp.isnan(y))
+    d = d * nan_unless(~jnp.isnan(yes.label))
 
-    def of(value: Any, derivative: Any) -> Any:
-        if value is None:
-            return None
-        rows = tuple(range(z.ndim - 1)) if value.ndim else None
-        return jnp.sum(g * derivative, rows, keepdims=bool(value.ndim))
-
-    tilt = 0.5 - probability(labels, z.dtype)
-    d_values = _Form(
-        label_smoothing=of(values.label_smoothing, tilt * limit(tilt, d)),
-        positive=of(values.positive, y * yes.value),
-        negative=of(values.negative, other * no.value),
-        gamma_positive=of(values.gamma_positive, positive * yes.per_gamma),
-        gamma_negative=of(values.gamma_negative, negative * no.per_gamma),
-        clip=None,
-    )
-    d_logits = (g * (positive * yes.slope + negative * no.slope)).astype(logits.dtype)
-    d_labels = None
-    if contracts.is_floating(labels):
-        share = 1 - form.label_smoothing
-        d_labels = (g * (share * limit(share, d))).astype(labels.dtype)
+    tilt, share = 0.5 - probability(labels, z.dtype), 1 - form.label_smoothing
+    by_value = {
+        "label_smoothing": tilt * limit(tilt, d),
+        "positive": yes.label * yes.value,
+        "negative": no.label * no.value,
+        "gamma_positive": yes.factor * yes.per_gamma,
+        "gamma_negative": no.factor * no.per_gamma,
+    }
+    d_values = {}
+    for name, x in values.items():
+        rows = tuple(range(z.ndim - 1)) if x.ndim else None
+        d_values[name] = jnp.sum(g * by_value[name], rows, keepdims=x.ndim > 0)
+    d_logits = (g * (yes.factor * yes.slope + no.factor * no.slope)).astype(logits.dtype)
+    d_labels = (g * (share * limit(share, d))).astype(labels.dtype) if contracts.is_floating(labels) else None
     return d_logits, d_labels, d_values
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_rule.defvjp(_forward, _backward)
+_rule.defvjp(lambda static, *arrays: (_primal(static, *arrays), arrays), _backward)
 _elementwise = with_forward_mode(_rule)

@@ -184,8 +184,7 @@ def merged(z, target, assignment, ct, order):
     found = finish(NAMES, whole)
     g = dict(zip(NAMES, ct, strict=True))
     gradient = sum(
-        jnp.where((assignment == k)[None], logits_gradient(blocks[k], whole, found["entropy"], g), 0)
-        for k in range(3)
+        jnp.where((assignment == k)[None], logits_gradient(blocks[k], whole, g), 0) for k in range(3)
     )
     return found, gradient
 

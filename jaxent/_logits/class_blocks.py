@@ -176,7 +176,7 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Partial, 
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
         jax.eval_shape(functools.partial(partials, 0, 0, static.layout.width)),
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like_integers)
+    zeros = jax.tree.map(jnp.zeros_like, like_integers)
     whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
     return whole, integers
 
@@ -221,7 +221,7 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
             return rows, *jax.tree.map(jnp.add, others, [found.all, found.classes])
 
         shapes = _Total.of(jax.eval_shape(functools.partial(tile, start, classes, 0)))
-        here = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.classes)
+        here = jax.tree.map(jnp.zeros_like, shapes.classes)
         carry = varying_like(inputs, (total.rows, total.all, here))
         rows, of_all, here = _over_rows(stop, static, inputs, step, carry)
 
@@ -233,21 +233,17 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
     layer, perturbed_layer = block.logits, is_perturbed.logits
     shapes = _Total.of(jax.eval_shape(functools.partial(tile, 0, static.layout.width, 0)))
     rows = jax.tree.map(lambda x: jnp.zeros((layer.hidden.shape[0], *x.shape[1:]), x.dtype), shapes.rows)
-    of_all = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.all)
+    of_all = jax.tree.map(jnp.zeros_like, shapes.all)
 
-    def zeros(is_perturbed: Any, x: Array) -> Array | None:
-        return jnp.zeros(x.shape, x.dtype) if is_perturbed else None
-
-    columns = {
-        "kernel": zeros(perturbed_layer.kernel, layer.kernel),
-        "bias": zeros(perturbed_layer.bias, layer.bias),
-    }
-    init = _Total(rows, (columns, zeros(is_perturbed.distribution, block.distribution)), of_all)
+    moves = {"kernel": perturbed_layer.kernel, "bias": perturbed_layer.bias}, is_perturbed.distribution
+    columns = {"kernel": layer.kernel, "bias": layer.bias}, block.distribution
+    columns = jax.tree.map(lambda is_it, x: jnp.zeros_like(x) if is_it else None, moves, columns)
+    init = _Total(rows, columns, of_all)
     found = _over_classes(static, inputs, over_rows, init)
-    columns, distribution = found.classes
+    of_classes, distribution = found.classes
     if perturbed_layer.hidden:
         found.rows["hidden"] = found.rows["hidden"].astype(layer.hidden.dtype)
-    return Block(linear.replace(layer, found.rows | found.all | columns), distribution=distribution)
+    return Block(linear.replace(layer, found.rows | found.all | of_classes), distribution=distribution)
 
 
 class _Total(NamedTuple):

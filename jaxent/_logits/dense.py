@@ -36,27 +36,30 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
     if real:
         found |= _real_statistics(real, varying_like((block, counts), block), counts)
     z = lax.stop_gradient(block.wide_logits())
+    z_y = select_label(z, block.hit()) if "rank" in names else None
+    found |= _integers(names, z, z_y)
+    if "rank" in names:
+        found["rank"] = jnp.where(block.label >= 0, found["rank"], z.shape[-1])
+    return SoftmaxStatistics(**found)
+
+
+def _integers(names: tuple[str, ...], z: Array, z_y: Array | None) -> dict[str, Array]:
+    found = {}
     if "prediction" in names:
         found["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
     if "rank" in names:
         # "not below" is true of NaN: a row without an answer has the worst rank, V, not the best, 0
-        above = jnp.sum(~(z <= select_label(z, block.hit())[..., None]), -1, dtype=jnp.int32)
-        found["rank"] = jnp.where(block.label >= 0, above, z.shape[-1])
-    return SoftmaxStatistics(**found)
+        found["rank"] = jnp.sum(~(z <= z_y[..., None]), -1, dtype=jnp.int32)
+    return found
 
 
 def partials(
     names: tuple[str, ...], block: Block, counts: Array | None, label_logit: Array | None = None
 ) -> tuple[Partial, dict[str, Array]]:
     """As `class_blocks.partials`, of classes that are an array."""
-    integers, z = {}, lax.stop_gradient(block.wide_logits())
-    if "prediction" in names:
-        integers["prediction"] = jnp.argmax(z, -1).astype(jnp.int32)
-    if "rank" in names:
-        integers["rank"] = jnp.sum(~(z <= label_logit[..., None]), -1, dtype=jnp.int32)
     # made anew where a gradient is differentiated; nothing is kept for that
     partial = jax.checkpoint(functools.partial(partial_statistics, names))(hide(block, counts))
-    return partial, integers
+    return partial, _integers(names, lax.stop_gradient(block.wide_logits()), label_logit)
 
 
 def slope(names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from .. import _contracts as contracts
 from .._contracts import Number, Range
-from .._numerics import accumulation_dtype, as_dtype, common_dtype, over_rows
+from .._numerics import accumulation_dtype, as_dtype, over_rows
 from .._rows import keep
 
 BLOCK_BYTES = 128 * 2**20
@@ -242,5 +242,6 @@ def _einsum(block: LinearLogits, subscripts: str, a: Array, b: Array) -> Array:
 
 
 def _of_one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
-    dtype = common_dtype(a.dtype, b.dtype)
+    """Also where jax is told not to promote."""
+    dtype = a.dtype if a.dtype == b.dtype else accumulation_dtype(a.dtype, b.dtype)
     return a.astype(dtype), b.astype(dtype)
