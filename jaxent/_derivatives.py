@@ -135,6 +135,24 @@ def values_and_perturbed(tree: Any) -> tuple[Any, Perturbed]:
     return jax.tree.unflatten(treedef, [x.value for x in leaves]), Perturbed(tuple(perturbed))
 
 
+def slope_rule(zeros: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """`rule(static, inputs)`, which is 0, `zeros(static, inputs)`, and has a derivative by `inputs`:
+
+    `gradient(static, inputs, perturbed, g)`. With `with_slope` it is that of something made of more than these inputs.
+    """
+
+    def forward(static: Any, inputs: Any) -> tuple[Any, Any]:
+        inputs, perturbed = values_and_perturbed(inputs)
+        return zeros(static, inputs), (inputs, perturbed)
+
+    def backward(static: Any, residuals: Any, g: Any) -> tuple[Any]:
+        return (gradient(static, *residuals, instantiate(g)),)
+
+    rule = jax.custom_vjp(zeros, nondiff_argnums=(0,))
+    rule.defvjp(forward, backward, symbolic_zeros=True)
+    return rule
+
+
 def is_symbolic_zero(x: Any) -> bool:
     return isinstance(x, SymbolicZero)
 

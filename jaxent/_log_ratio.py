@@ -25,15 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._derivatives import (
-    Perturbed,
-    instantiate,
-    values_and_perturbed,
-    varying_like,
-    with_forward_mode,
-    with_slope,
-    zeros_like_any,
-)
+from ._derivatives import Perturbed, slope_rule, varying_like, with_forward_mode, with_slope, zeros_like_any
 from ._logits import sources
 from ._logits.explicit import on_each_device, split_of
 from ._logits.linear import LinearLogits
@@ -92,7 +84,7 @@ def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     pair = _hide(varying_like(pair, pair))
     # what is known of all classes is made anew for second derivatives; nothing of its making is kept for them
     whole = jax.checkpoint(functools.partial(_whole, _at_once, axis_name, static))(pair)
-    return with_slope(whole.sums[0], _add(_slope(static, pair, whole), axis_name))
+    return with_slope(whole.sums[0], _add(_slope(static, (pair, whole)), axis_name))
 
 
 def divergence_of_layers(
@@ -120,7 +112,7 @@ def divergence_of_layers(
 def _of_split_layers(static: Static, pair: Pair, axis_name: AxisName) -> Array:
     pair = _hide(pair)
     whole = _whole(_by_blocks, axis_name, static, pair)
-    return with_slope(whole.sums[0], _add(_slope_of_layers(static, pair, whole), axis_name))
+    return with_slope(whole.sums[0], _add(_slope_of_layers(static, (pair, whole)), axis_name))
 
 
 def _hide(pair: Pair) -> Pair:
@@ -311,28 +303,12 @@ def _half(d: Array) -> tuple[Array, Array, Array, Array]:
     return jnp.abs(s), near, small, jnp.log1p(2 * jnp.sinh(small / 2) ** 2)
 
 
-def _rule(zeros: Callable[..., Array], gradient: Callable[..., Pair]) -> Any:
-    """A function of (static, pair, whole) that is 0 and has the slope of the divergence: `gradient` of them.
-
-    The sums over all classes have no part in it; the formulas hold for them as they are.
-    """
-
-    def primal(static: Static, pair: Pair, whole: Whole) -> Array:
-        return zeros((pair, whole), whole.sums[0])
-
-    def forward(static: Static, *inputs: Any) -> tuple[Array, Any]:
-        (pair, perturbed), (whole, _) = map(values_and_perturbed, inputs)
-        return primal(static, pair, whole), (pair, whole, perturbed)
-
-    def backward(static: Static, residuals: Any, g: Any) -> tuple[Pair, None]:
-        return gradient(static, *residuals, instantiate(g)), None
-
-    rule = jax.custom_vjp(primal, nondiff_argnums=(0,))
-    rule.defvjp(forward, backward, symbolic_zeros=True)
-    return rule
+# Functions that are 0 and have the slope of the divergence. The sums over all classes have no part in it; the formulas
+# hold for them as they are.
 
 
-def _gradient(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g: Array) -> Pair:
+def _gradient(static: Static, inputs: tuple[Pair, Whole], perturbed: Perturbed, g: Array) -> Any:
+    pair, whole = inputs
     p, q, d, log_p, log_q = _log_ratio(static, pair, whole)
     sums = [x[..., None] for x in whole.sums]
     if static.kind == "kl":
@@ -352,20 +328,29 @@ def _gradient(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g:
         found = keep(pair.counts, bar * g)
         return (found if x.ndim == found.ndim else found[..., 0]).astype(x.dtype)
 
-    return Pair(*map(of_perturbed, perturbed.tree(pair), (bar_p, bar_q, None, None, bar_t), pair))
+    is_perturbed, _ = perturbed.tree(inputs)
+    return Pair(*map(of_perturbed, is_perturbed, (bar_p, bar_q, None, None, bar_t), pair)), None
 
 
-def _gradient_of_layers(static: Static, pair: Pair, whole: Whole, perturbed: Perturbed, g: Array) -> Pair:
+def _gradient_of_layers(static: Static, inputs: tuple[Pair, Whole], perturbed: Perturbed, g: Array) -> Any:
+    pair, whole = inputs
     leaves, treedef = jax.tree.flatten(pair)
 
     def slope(some: list[Any]) -> Array:
         full = [x if new is None else new for x, new in zip(leaves, some, strict=True)]
-        return _by_blocks(_slope, static, jax.tree.unflatten(treedef, full), whole)
+        of_block = lambda static, *inputs: _slope(static, inputs)  # noqa: E731
+        return _by_blocks(of_block, static, jax.tree.unflatten(treedef, full), whole)
 
-    some = [x if is_it else None for x, is_it in zip(leaves, perturbed.leaves, strict=True)]
+    some = [x if is_it else None for x, is_it in zip(leaves, perturbed.leaves, strict=False)]
     _, vjp = jax.vjp(slope, some)
-    return jax.tree.unflatten(treedef, *vjp(g))
+    return jax.tree.unflatten(treedef, *vjp(g)), None
 
 
-_slope = with_forward_mode(_rule(lambda like, x: varying_like(like, jnp.zeros_like(x)), _gradient))
-_slope_of_layers = _rule(zeros_like_any, _gradient_of_layers)
+def _zeros(_: Static, inputs: tuple[Pair, Whole]) -> Array:
+    return varying_like(inputs, jnp.zeros_like(inputs[1].sums[0]))
+
+
+_slope = with_forward_mode(slope_rule(_zeros, _gradient))
+_slope_of_layers = slope_rule(
+    lambda _, inputs: zeros_like_any(inputs, inputs[1].sums[0]), _gradient_of_layers
+)

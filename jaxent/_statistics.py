@@ -50,6 +50,7 @@ class SoftmaxStatistics:
 
 STATISTICS = tuple(field.name for field in dataclasses.fields(SoftmaxStatistics))
 INTEGER_STATISTICS = ("prediction", "rank")
+TARGETS = ("log_prob", "weighted_log_prob", "mean_log_prob")  # sum_j t_j log p_j
 
 
 def harmless(counts: Array | None, statistics: SoftmaxStatistics, classes: int) -> SoftmaxStatistics:
@@ -84,28 +85,25 @@ class Block(NamedTuple):
         assert self.label is not None
         return lanes(self.logits, self.label.dtype) == self.label[..., None]
 
-    def weighted_distribution(self) -> Array:
-        assert self.distribution is not None
-        if self.class_weights is None:
-            return self.distribution
-        return self.distribution * self.weights_of_classes(self.distribution.dtype)
-
     def weights_of_classes(self, dtype: Any) -> Array:
         """[] or [1, ..., 1, B]."""
         if self.class_weights is None:
             return jnp.ones((), dtype)
         return over_rows(self.class_weights.astype(dtype), self.logits.ndim)
 
-    def uniform(self, dtype: Any) -> Array:
-        """The unnormalized target of `mean_log_prob`: [] or [..., B]."""
-        weights = self.weights_of_classes(dtype)
-        if self.class_mask is None:
-            return weights
-        return jnp.where(over_rows(self.class_mask, self.logits.ndim), weights, 0)
+    def target(self, name: str, dtype: Any) -> Array | None:
+        """t of a statistic that is sum_j t_j log p_j, unnormalized: [] or [..., B]; None for an integer label."""
+        if name == "mean_log_prob":
+            weights = self.weights_of_classes(dtype)
+            return weights if self.class_mask is None else self.in_force(weights)
+        q = self.distribution
+        if q is None or name == "log_prob" or self.class_weights is None:
+            return q
+        return q * self.weights_of_classes(q.dtype)
 
     def in_force(self, x: Array) -> Array:
         """`x` `[..., B]`, 0 for a class that is not in force."""
-        return x if self.class_mask is None else jnp.where(over_rows(self.class_mask, x.ndim), x, 0)
+        return x if self.class_mask is None else jnp.where(over_rows(self.class_mask, self.logits.ndim), x, 0)
 
 
 class Moments(NamedTuple):
@@ -127,9 +125,9 @@ class Partial(NamedTuple):
     spread: Array | None = None  # sum_j e_j (m - z_j): entropy = log1p(r) + spread / T
     label_logit: Array | None = None  # z_y, -inf where the label is in another block
     label_weight: Array | None = None  # w_y, 0 where the label is in another block
-    distribution: Moments | None = None
-    weighted: Moments | None = None
-    uniform: Moments | None = None
+    targets: dict[str, Moments] | None = (
+        None  # by the name of the statistic, of those that are sum_j t_j log p_j
+    )
     classes: Array | None = None  # how many are in force
 
 
@@ -196,7 +194,7 @@ def partial_statistics(
             lane = block.hit(), label_logit
     m, r = max_and_rest(z, lane)
     finite_m = _finite(m)[..., None]
-    spread = label_weight = distribution = weighted = uniform = classes = None
+    spread = label_weight = classes = None
 
     def moments(t: Array) -> Moments:
         t = t.astype(z.dtype)
@@ -210,14 +208,11 @@ def partial_statistics(
         spread = jnp.sum(product_or_zero(e, finite_m - z), -1)
     if label_logit is not None and "weighted_log_prob" in names and block.class_weights is not None:
         label_weight = take_class(block.class_weights, block.label)
-    if block.distribution is not None and "log_prob" in names:
-        distribution = moments(block.distribution)
-    if block.distribution is not None and "weighted_log_prob" in names:
-        weighted = moments(block.weighted_distribution())
+    wanted = {name: block.target(name, z.dtype) for name in TARGETS if name in names}
     if "mean_log_prob" in names:
-        uniform = moments(block.uniform(z.dtype))
         classes = jnp.sum(block.in_force(jnp.ones_like(z)), -1)
-    return Partial(m, r, spread, label_logit, label_weight, distribution, weighted, uniform, classes)
+    targets = {name: moments(t) for name, t in wanted.items() if t is not None}
+    return Partial(m, r, spread, label_logit, label_weight, targets, classes)
 
 
 def identity(like: Partial) -> Partial:
@@ -247,27 +242,23 @@ def merge(a: Partial, b: Partial) -> Partial:
         scale = jnp.where(x.m == m, 1, shrink)
         return product_or_zero(scale, x.spread + product_or_zero(1 + x.r, m - x.m))
 
-    def shifted(x: Partial, moments: Moments) -> Moments:
-        return Moments(moments.deviation + product_or_zero(moments.mass, m - x.m), moments.mass)
+    def shifted(x: Partial) -> dict[str, Moments]:
+        def of(t: Moments) -> Moments:
+            return Moments(t.deviation + product_or_zero(t.mass, m - x.m), t.mass)
 
-    def both(name: str, combine: Callable[[Any, Any], Any]) -> Any:
-        left, right = getattr(a, name), getattr(b, name)
-        return None if left is None else combine(left, right)
+        return {name: of(t) for name, t in x.targets.items()}
 
-    def add_moments(left: Moments, right: Moments) -> Moments:
-        left, right = shifted(a, left), shifted(b, right)
-        return Moments(left.deviation + right.deviation, left.mass + right.mass)
+    def both(combine: Callable[[Array, Array], Array], left: Any, right: Any) -> Any:
+        return jax.tree.map(combine, left, right)
 
     return Partial(
         m=m,
         r=r,
-        spread=both("spread", lambda *_: shifted_spread(a) + shifted_spread(b)),
-        label_logit=both("label_logit", jnp.maximum),
-        label_weight=both("label_weight", jnp.add),
-        distribution=both("distribution", add_moments),
-        weighted=both("weighted", add_moments),
-        uniform=both("uniform", add_moments),
-        classes=both("classes", jnp.add),
+        spread=None if a.spread is None else shifted_spread(a) + shifted_spread(b),
+        label_logit=both(jnp.maximum, a.label_logit, b.label_logit),
+        label_weight=both(jnp.add, a.label_weight, b.label_weight),
+        targets=both(jnp.add, shifted(a), shifted(b)),
+        classes=both(jnp.add, a.classes, b.classes),
     )
 
 
@@ -278,9 +269,8 @@ def poison(whole: Partial, label: Array | None) -> Partial:
     distribution. (It also makes the gradient wait for all that reads the logits, so that it may overwrite them.)
     """
     ok = jnp.isfinite(whole.m)
-    for moments in (whole.distribution, whole.weighted, whole.uniform):
-        if moments is not None:
-            ok &= ~jnp.isnan(moments.deviation)
+    for moments in whole.targets.values():
+        ok &= ~jnp.isnan(moments.deviation)
     if label is not None:
         ok &= label >= 0
     return whole._replace(m=jnp.where(ok, whole.m, jnp.nan))
@@ -291,26 +281,21 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
     m, r = whole.m, whole.r
     log_t = jnp.log1p(r) + (m - m)  # NaN where m is
 
-    def expectation(moments: Moments) -> Array:
-        return -(moments.deviation + product_or_zero(moments.mass, log_t))
-
     found: dict[str, Array] = {}
     for name in names:
-        match name:
-            case "log_prob" | "weighted_log_prob" if whole.label_logit is not None:
-                found[name] = -((m - whole.label_logit) + log_t)
-                if name == "weighted_log_prob" and whole.label_weight is not None:
-                    found[name] = whole.label_weight * limit(whole.label_weight, found[name])
-            case "log_prob":
-                found[name] = expectation(whole.distribution)
-            case "weighted_log_prob":
-                found[name] = expectation(whole.weighted)
-            case "mean_log_prob":
-                found[name] = expectation(whole.uniform) / whole.classes
-            case "log_normalizer":
-                found[name] = m + log_t
-            case "entropy":
-                found[name] = log_t + whole.spread / (1 + r)
+        if name in whole.targets:
+            t = whole.targets[name]
+            found[name] = -(t.deviation + product_or_zero(t.mass, log_t))
+            if name == "mean_log_prob":
+                found[name] /= whole.classes
+        elif name == "log_normalizer":
+            found[name] = m + log_t
+        elif name == "entropy":
+            found[name] = log_t + whole.spread / (1 + r)
+        else:
+            found[name] = -((m - whole.label_logit) + log_t)
+            if name == "weighted_log_prob" and whole.label_weight is not None:
+                found[name] = whole.label_weight * limit(whole.label_weight, found[name])
     return found
 
 
@@ -337,25 +322,21 @@ def logits_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
     if "log_normalizer" in g:
         terms.append((g["log_normalizer"] * share) * e)
     if "mean_log_prob" in g:
-        per_class = g["mean_log_prob"] / whole.classes[..., None]
-        terms.append(per_class * block.uniform(z.dtype))
-        terms.append(-(per_class * whole.uniform.mass[..., None] * share) * e)
+        per_class, mass = g["mean_log_prob"] / whole.classes[..., None], whole.targets["mean_log_prob"].mass
+        terms.append(per_class * block.target("mean_log_prob", z.dtype))
+        terms.append(-(per_class * mass[..., None] * share) * e)
     if "entropy" in g:
         log_p, entropy = (z - m) - jnp.log1p(r), finish(("entropy",), whole)["entropy"]
         terms.append(-(g["entropy"] * share) * product_or_zero(e, log_p + entropy[..., None]))
-    for name, moments in (("log_prob", whole.distribution), ("weighted_log_prob", whole.weighted)):
-        if name not in g:
-            continue
-        weighted = name == "weighted_log_prob" and block.class_weights is not None
-        if block.label is not None:
+    for name in ("log_prob", "weighted_log_prob"):
+        if name in g and block.label is not None:
             scale = g[name]
-            if weighted:
+            if name == "weighted_log_prob" and whole.label_weight is not None:
                 scale = scale * whole.label_weight[..., None]
             e_y = exp_difference(whole.label_logit, whole.m)[..., None]
             terms.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
-        else:
-            t = block.weighted_distribution() if weighted else block.distribution
-            mass = moments.mass[..., None]
+        elif name in g:
+            t, mass = block.target(name, z.dtype), whole.targets[name].mass[..., None]
             not_p = ((1 - e) + r) * share
             terms.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * share * e))
     return sum(terms[1:], start=terms[0])

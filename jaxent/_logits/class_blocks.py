@@ -16,10 +16,9 @@ from jax import Array, lax
 
 from .._derivatives import (
     Perturbed,
-    instantiate,
     reverse_mode_only,
+    slope_rule,
     stopping_early,
-    values_and_perturbed,
     varying_like,
     zeros_like_any,
 )
@@ -104,25 +103,12 @@ def _partials_primal(static: Static, inputs: Inputs) -> Any:
 
 _partials = jax.custom_vjp(_partials_primal, nondiff_argnums=(0,))
 _partials.defvjp(lambda static, inputs: (_partials_primal(static, inputs), None), lambda *_: (None,))
-
-
-def _slope_primal(static: Static, inputs: Inputs) -> dict[str, Array]:
-    return {name: zeros_like_any(inputs, inputs.of_rows.m) for name in static.names}
-
-
-def _slope_forward(static: Static, inputs: Any) -> Any:
-    inputs, perturbed = values_and_perturbed(inputs)
-    return _slope_primal(static, inputs), (inputs, perturbed)
-
-
-def _slope_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs]:
-    inputs, perturbed = residuals
-    gradient = _backward_pass((static, perturbed), _hide(inputs), instantiate(g))
-    return (Inputs(gradient, None, None, None),)
-
-
-_slope = jax.custom_vjp(_slope_primal, nondiff_argnums=(0,))
-_slope.defvjp(_slope_forward, _slope_backward, symbolic_zeros=True)
+_slope = slope_rule(
+    lambda static, inputs: {name: zeros_like_any(inputs, inputs.of_rows.m) for name in static.names},
+    lambda static, inputs, *how: Inputs(
+        _backward_pass((static, how[0]), _hide(inputs), how[1]), None, None, None
+    ),
+)
 
 
 def _hide(inputs: Inputs) -> Inputs:

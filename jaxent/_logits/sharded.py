@@ -91,16 +91,14 @@ def _of_all_devices(names: tuple[str, ...], partial: Partial, block: Block, axis
     m = lax.pmax(m_here, axis_name)
     scale, behind = exp_difference(m_here, m), m - m_here
 
-    def moments(x: Moments | None) -> Moments | None:
+    def moved(t: Moments) -> Moments:
         # a device may have none of the mass, and yet its mass has a derivative
-        return None if x is None else Moments(x.deviation + x.mass * limit(x.mass, behind), x.mass)
+        return Moments(t.deviation + t.mass * limit(t.mass, behind), t.mass)
 
     # 0 * inf = 0: a device with no class in force
     terms = product_or_zero(scale, 1 + partial.r)
     sums: dict[str, Any] = {
-        "distribution": moments(partial.distribution),
-        "weighted": moments(partial.weighted),
-        "uniform": moments(partial.uniform),
+        "targets": {name: moved(t) for name, t in partial.targets.items()},
         "classes": partial.classes,
         "label_weight": partial.label_weight,
     }
