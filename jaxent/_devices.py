@@ -69,4 +69,4 @@ def lanes(x: Array, dtype: Any = jnp.int32) -> Array:
     return jax.lax.broadcasted_iota(dtype, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
 
 
-ROWS, CLASSES, ALL = slice(0, -1), slice(-1, None), slice(None)  # axes of logits [..., V]
+CLASSES, ALL = slice(-1, None), slice(None)  # axes of logits [..., V]

@@ -60,9 +60,9 @@ def softmax_loss(
       of each row, never reduced, 0 in rows that do not count.
 
     Gradients:
-      With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in
-      forward mode (`LinearLogits` has its limits). One rule for all functions: `fn` is
-      differentiated by jax, the statistics by jaxent. `aux` has no derivative.
+      With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in forward mode
+      (`LinearLogits` has its limits). `fn` is differentiated by jax, the statistics by jaxent; `aux` is not. A custom
+      rule inside `fn` must be linear in its cotangent, which for a reduced loss is known up to a factor only.
 
     Numerics:
       The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
@@ -75,8 +75,7 @@ def softmax_loss(
       rows; `jax.lax.pcast` it.)
 
     Raises:
-      TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; an `fn` that does not give a scalar; a row argument without the shape of
+      As `softmax_cross_entropy`; ValueError: an `fn` that does not give a scalar; a row argument without the shape of
         the rows in front.
 
     Example:
@@ -147,13 +146,11 @@ def softmax_statistics(
       class_axis_name: of a mapped axis along which the classes are split.
 
     Returns:
-      `SoftmaxStatistics`, each field `[...]`: float32 (float64 for float64 logits), `prediction` and `rank`
-      int32. `log_prob` and `weighted_log_prob` are None without labels, `rank` also for a
-      distribution.
+      `SoftmaxStatistics`, each field `[...]`: float32 (float64 for float64 logits), `prediction` and `rank` int32.
+      `log_prob` and `weighted_log_prob` are None without labels, `rank` also for a distribution.
 
     Gradients:
-      Of all real fields with respect to `logits` (and a distribution), to any order; of an array also in forward
-      mode.
+      Of all real fields with respect to `logits` (and a distribution), to any order; of an array in forward mode too.
 
     Numerics:
       As `softmax_cross_entropy`: `log_prob` and `entropy` are accurate for confident rows. A bad label makes
@@ -166,8 +163,7 @@ def softmax_statistics(
       matmul for all fields (1 more for `rank` in blocks of classes), 3 more for their gradients.
 
     Raises:
-      TypeError: as `softmax_cross_entropy`.
-      ValueError: as `softmax_cross_entropy`; a name that is unknown or needs labels.
+      As `softmax_cross_entropy`; ValueError: a name that is unknown or needs labels.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -190,6 +186,5 @@ def softmax_statistics(
     statistics = sources.statistics(wanted, block, rows.counts, class_axis_name)
     hidden = {"prediction": -1, "rank": rows.all_classes(block.logits.shape[-1])}  # neither is a hit
     fields = {name: x for name, x in vars(statistics).items() if x is not None}
-    return SoftmaxStatistics(
-        **{name: keep(rows.counts, x, hidden.get(name, 0)) for name, x in fields.items()}
-    )
+    fields = {name: keep(rows.counts, x, hidden.get(name, 0)) for name, x in fields.items()}
+    return SoftmaxStatistics(**fields)

@@ -34,7 +34,6 @@ from ._numerics import (
     accumulation_dtype,
     divided,
     exp_difference,
-    lowest,
     over_rows,
     product_or_zero,
     subtraction_error,
@@ -222,7 +221,7 @@ def _temperature(static: Static, pair: Pair, dtype: Any) -> float | Array:
 def _softmax(z: Array, temperature: float | Array, of: Normalizer) -> tuple[Array, Array]:
     """p and log p, 0 where p is exactly 0; NaN rows where there is no answer."""
     m, r = of.m[..., None], of.r[..., None]
-    least = lowest(z.dtype) / 4 * jnp.minimum(temperature, 1)
+    least = float(jnp.finfo(z.dtype).min) / 4 * jnp.minimum(temperature, 1)
     log_e = divided(jnp.maximum(z - m, least), temperature)
     log_p = jnp.where(z == -jnp.inf, 0, log_e - jnp.log1p(r))
     return exp_difference(z, m, temperature) / (1 + r), log_p
@@ -289,10 +288,8 @@ def _against_mean(d: Array) -> tuple[Array, Array]:
     a, near, s, log_cosh = _half(d)
     up = math.log(2) - jnp.log1p(jnp.exp(-2 * a))
     down = up - 2 * a
-    return (
-        jnp.where(near, -s - log_cosh, jnp.where(d < 0, up, down)),
-        jnp.where(near, s - log_cosh, jnp.where(d < 0, down, up)),
-    )
+    l_p, l_q = jnp.where(d < 0, up, down), jnp.where(d < 0, down, up)
+    return jnp.where(near, -s - log_cosh, l_p), jnp.where(near, s - log_cosh, l_q)
 
 
 def _half(d: Array) -> tuple[Array, Array, Array, Array]:

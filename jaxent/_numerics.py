@@ -59,11 +59,6 @@ def nan_unless(ok: Array) -> Array:
     return jnp.where(ok, 1, jnp.nan)
 
 
-def lowest(dtype: DTypeLike) -> Array:
-    """The most negative finite number."""
-    return jnp.asarray(jnp.finfo(dtype).min, dtype)
-
-
 def subtraction_error(a: Array, b: Array, difference: Array) -> Array:
     """What rounding took from `difference = a - b`; exact (Knuth's TwoSum) while nothing overflows.
 

@@ -106,10 +106,8 @@ def prepare_class_mask(rows: Rows, shape: tuple[int, ...]) -> Array | None:
     contracts.check_mask(rows.function, "class_mask", class_mask)
     if contracts.has_shape(class_mask, (shape[axis],)):
         return split_as(rows.sharding, CLASSES, jnp.asarray(class_mask))
-    remedy, what = (
-        "True keeps a class in the softmax; nothing is broadcast.",
-        f"or [{shape[axis]}], one per class",
-    )
+    what = f"or [{shape[axis]}], one per class"
+    remedy = "True keeps a class in the softmax; nothing is broadcast."
     contracts.check_shape(rows.function, "class_mask", class_mask, shape, what, remedy)
     return split_as(rows.sharding, ALL, jnp.moveaxis(jnp.asarray(class_mask), axis, -1))
 

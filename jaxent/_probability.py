@@ -24,7 +24,6 @@ from ._numerics import (
     is_probability,
     limit,
     nan_unless,
-    over_rows,
     probability,
     widen,
 )
@@ -240,7 +239,7 @@ def nll_loss(
         q = q.astype(x.dtype)
         bad = (jnp.isnan(x) | jnp.isnan(q)).any(-1)
         x = x * nan_unless(~bad)[..., None]
-        q = q if factors is None else q * over_rows(factors, x.ndim)
+        q = q if factors is None else q * factors.reshape((1,) * (x.ndim - 1) + factors.shape)
         return jnp.sum(q * -limit(q, x), -1)
 
     return _reduce(rows, loss, x, 0, q)

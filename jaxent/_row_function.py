@@ -52,7 +52,7 @@ class RowFunction(NamedTuple):
 
         def kept(counts: Array | None, statistics: Any, arguments: Any) -> Any:
             # inside the mask as well as outside: fn may turn what a hidden row holds into a NaN gradient
-            arguments = jax.tree.map(lambda x: x if _is_key(x) else keep(counts, x), arguments)
+            arguments = jax.tree.map(lambda x: keep(counts, x), arguments)
             return harmless(counts, statistics, self.classes), arguments
 
         of_rows = _over_rows(of_row, shape)
@@ -137,10 +137,8 @@ jax.tree_util.register_pytree_node(
 
 
 def available_statistics(block: Block) -> tuple[str, ...]:
-    missing = {"rank"} if block.label is None else set()
-    if block.label is None and block.distribution is None:
-        missing |= {"log_prob", "weighted_log_prob"}
-    return tuple(name for name in STATISTICS if name not in missing)
+    missing = ("rank", "log_prob", "weighted_log_prob") if block.distribution is None else ("rank",)
+    return tuple(name for name in STATISTICS if block.label is not None or name not in missing)
 
 
 def _trace(
@@ -179,7 +177,7 @@ def _checked(function: str, found: Any, has_aux: bool) -> tuple[Array, Any]:
     if has_aux:
         if not (isinstance(found, tuple) and len(found) == 2):
             remedy = "With `has_aux` it returns `(loss, aux)`."
-            got = f"one to {_described(found)}"
+            got = f"one to {contracts.what_came(found)}"
             contracts.fail(ValueError, function, "fn", "a function of one row to a pair", got, remedy)
         loss, aux = found
     is_number = isinstance(loss, jax.Array | np.ndarray | np.generic | float | int)
@@ -188,16 +186,8 @@ def _checked(function: str, found: Any, has_aux: bool) -> tuple[Array, Any]:
             "It sees one row: scalar statistics, and row arguments without the axes of rows; `reduction` does the "
             "rest. What has a value for each row must be a row argument: pass it as one, do not close over it."
         )
-        got = f"one to {_described(loss)}"
+        got = f"one to {contracts.what_came(loss)}"
         contracts.fail(ValueError, function, "fn", "a function of one row to a scalar", got, remedy)
     loss = jnp.asarray(loss)
     aux = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), aux)
     return loss.astype(accumulation_dtype(loss.dtype)), aux
-
-
-def _described(x: Any) -> str:
-    return contracts.describe(x) if isinstance(x, jax.Array) else f"a {type(x).__name__}"
-
-
-def _is_key(x: Array) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jax.dtypes.extended))  # random keys hide nothing

@@ -193,7 +193,7 @@ def both(a: Array | None, b: Array | None) -> Array | None:
 
 def keep(counts: Array | None, x: Array, other: float = 0) -> Array:
     """`x` `[..., *anything]` where the row counts, `other` elsewhere: a select, so NaN behind the mask stays there."""
-    if counts is None:
+    if counts is None or jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys hide nothing
         return x
     if x.ndim > counts.ndim:
         counts = jnp.expand_dims(counts, tuple(range(counts.ndim, x.ndim)))

@@ -1,7 +1,6 @@
 """Softmax losses: a few lines each on the row statistics."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -97,14 +96,8 @@ def softmax_cross_entropy(
     """
     names = class_axis_name, batch_axis_name
     options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
-    return _loss(
-        "softmax_cross_entropy",
-        _cross_entropy,
-        logits,
-        labels,
-        options,
-        dict(label_smoothing=label_smoothing, z_loss=z_loss),
-    )
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    return _loss("softmax_cross_entropy", _cross_entropy, logits, labels, options, numbers)
 
 
 @contracts.takes_arrays
@@ -174,14 +167,8 @@ def softmax_focal_loss(
     """
     names = class_axis_name, batch_axis_name
     options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
-    return _loss(
-        "softmax_focal_loss",
-        _focal,
-        logits,
-        labels,
-        options,
-        dict(label_smoothing=label_smoothing, z_loss=z_loss, gamma=gamma),
-    )
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "gamma": gamma}
+    return _loss("softmax_focal_loss", _focal, logits, labels, options, numbers)
 
 
 @contracts.takes_arrays
@@ -251,14 +238,8 @@ def softmax_poly_loss(
     """
     names = class_axis_name, batch_axis_name
     options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
-    return _loss(
-        "softmax_poly_loss",
-        _poly,
-        logits,
-        labels,
-        options,
-        dict(label_smoothing=label_smoothing, z_loss=z_loss, epsilon=epsilon),
-    )
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "epsilon": epsilon}
+    return _loss("softmax_poly_loss", _poly, logits, labels, options, numbers)
 
 
 RANGES = {
@@ -270,12 +251,7 @@ RANGES = {
 
 
 def _loss(
-    function: str,
-    of_row: Callable[..., Array],
-    logits: Any,
-    labels: Any,
-    options: Options,
-    numbers: dict[str, Any],
+    function: str, of_row: Any, logits: Any, labels: Any, options: Options, numbers: dict[str, Any]
 ) -> Array:
     """`of_row(statistics, label_weight, **numbers)`, reduced."""
     contracts.check_array(function, "labels", labels)

@@ -57,10 +57,12 @@ def harmless(counts: Array | None, statistics: SoftmaxStatistics, classes: int) 
     """Those of equal logits in rows that do not count: something at which few functions are singular."""
     log_v = math.log(max(classes, 2))
     harmless = {"log_normalizer": log_v, "entropy": log_v, "prediction": 0, "rank": 0}
-    fields = {name: x for name, x in vars(statistics).items() if x is not None}
-    return SoftmaxStatistics(
-        **{name: keep(counts, x, harmless.get(name, -log_v)) for name, x in fields.items()}
-    )
+    kept = {
+        name: keep(counts, x, harmless.get(name, -log_v))
+        for name, x in vars(statistics).items()
+        if x is not None
+    }
+    return SoftmaxStatistics(**kept)
 
 
 class Block(NamedTuple):
@@ -125,9 +127,7 @@ class Partial(NamedTuple):
     spread: Array | None = None  # sum_j e_j (m - z_j): entropy = log1p(r) + spread / T
     label_logit: Array | None = None  # z_y, -inf where the label is in another block
     label_weight: Array | None = None  # w_y, 0 where the label is in another block
-    targets: dict[str, Moments] | None = (
-        None  # by the name of the statistic, of those that are sum_j t_j log p_j
-    )
+    targets: Any = None  # Moments by the name of their statistic, of those that are sum_j t_j log p_j
     classes: Array | None = None  # how many are in force
 
 
@@ -350,14 +350,16 @@ def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> 
     """
     log_p = (block.wide_logits() - whole.m[..., None]) - jnp.log1p(whole.r[..., None])
     log_p = limit(block.distribution, log_p)
-    scales = {
-        "log_prob": jnp.ones((), log_p.dtype),
-        "weighted_log_prob": block.weights_of_classes(log_p.dtype),
-    }
-    terms = [
-        g[name][..., None] * product_or_zero(scale, log_p) for name, scale in scales.items() if name in g
-    ]
-    return block.in_force(sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(log_p))
+    total = jnp.zeros_like(log_p)
+    for name in ("log_prob", "weighted_log_prob"):
+        if name in g:
+            scale = (
+                block.weights_of_classes(log_p.dtype)
+                if name == "weighted_log_prob"
+                else jnp.ones((), log_p.dtype)
+            )
+            total += g[name][..., None] * product_or_zero(scale, log_p)
+    return block.in_force(total)
 
 
 def _finite(m: Array) -> Array:

@@ -80,9 +80,8 @@ def _in_blocks_of_rows(rule: Any, static: Static, block: Block, counts: Array | 
     wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
     blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if is_known(rows) else 1
     if counts is None or wide or blocks < 2:
-        return _apply(
-            rule, static._replace(rows=rows), Inputs(block, counts, of_rows, jnp.ones((), jnp.int32))
-        )
+        inputs = Inputs(block, counts, of_rows, jnp.ones((), jnp.int32))
+        return _apply(rule, static._replace(rows=rows), inputs)
     size = -(-rows // blocks)
     order = order_of_rows(counts, size * blocks, (rows, *groups))  # beyond N: what fills the last block
     per_row, label, of_rows = take_rows(order, (linear.per_row_fields(block.logits), block.label, of_rows))
@@ -103,12 +102,17 @@ def _partials_primal(static: Static, inputs: Inputs) -> Any:
 
 _partials = jax.custom_vjp(_partials_primal, nondiff_argnums=(0,))
 _partials.defvjp(lambda static, inputs: (_partials_primal(static, inputs), None), lambda *_: (None,))
-_slope = slope_rule(
-    lambda static, inputs: {name: zeros_like_any(inputs, inputs.of_rows.m) for name in static.names},
-    lambda static, inputs, *how: Inputs(
-        _backward_pass((static, how[0]), _hide(inputs), how[1]), None, None, None
-    ),
-)
+
+
+def _gradient(static: Static, inputs: Inputs, perturbed: Perturbed, g: dict[str, Array]) -> Inputs:
+    return Inputs(_backward_pass((static, perturbed), _hide(inputs), g), None, None, None)
+
+
+def _zeros(static: Static, inputs: Inputs) -> dict[str, Array]:
+    return {name: zeros_like_any(inputs, inputs.of_rows.m) for name in static.names}
+
+
+_slope = slope_rule(_zeros, _gradient)
 
 
 def _hide(inputs: Inputs) -> Inputs:
@@ -123,8 +127,7 @@ def _hide(inputs: Inputs) -> Inputs:
 
 @stopping_early
 def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Partial, dict[str, Array]]:
-    names = static.names
-    block = inputs.block
+    names, block = static.names, inputs.block
 
     def partials(row: Any, start: Any, classes: int) -> tuple[Partial, dict[str, Array]]:
         part = _part(static, block, row, start, classes)
@@ -137,9 +140,8 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Partial, 
         if "rank" in names:
             above = ~(z <= _rows(inputs.of_rows, row, static.rows)[..., None]) & ~part.hit()
             integers["rank"] = jnp.sum(above, -1, dtype=jnp.int32)
-        return partial_statistics(
-            names, part, dense.platform_max_and_rest, dense.platform_select_label
-        ), integers
+        how = dense.platform_max_and_rest, dense.platform_select_label
+        return partial_statistics(names, part, *how), integers
 
     def step(start: Any, classes: int, row: Any, carry: Any) -> Any:
         part, here = partials(row, start, classes)
@@ -158,13 +160,10 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Partial, 
         return _over_rows(stop, static, inputs, functools.partial(step, start, classes), carry)
 
     rows = block.logits.hidden.shape[0]
-    like, like_integers = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        jax.eval_shape(functools.partial(partials, 0, 0, static.layout.width)),
-    )
-    zeros = jax.tree.map(jnp.zeros_like, like_integers)
-    whole, integers = _over_classes(static, inputs, over_rows, (identity(like), zeros))
-    return whole, integers
+    of_block = jax.eval_shape(functools.partial(partials, 0, 0, static.layout.width))
+    of_all = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), of_block)
+    init = identity(of_all[0]), jax.tree.map(jnp.zeros_like, of_all[1])
+    return _over_classes(static, inputs, over_rows, init)
 
 
 @stopping_early
@@ -262,9 +261,8 @@ def _over_rows(
     blocks = inputs.block.logits.hidden.shape[0] // static.rows
     if blocks == 1:
         return step(0, carry)
-    return lax.fori_loop(
-        0, inputs.needed if stop else blocks, lambda i, carry: step(i * static.rows, carry), carry
-    )
+    blocks = inputs.needed if stop else blocks
+    return lax.fori_loop(0, blocks, lambda i, carry: step(i * static.rows, carry), carry)
 
 
 def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> Block:

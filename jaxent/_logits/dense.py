@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from .._derivatives import slope_rule, varying_like, with_forward_mode
 from .._devices import lanes, spread
-from .._numerics import exp_difference, lowest
+from .._numerics import exp_difference
 from .._rows import keep_gradient
 from .._statistics import (
     INTEGER_STATISTICS,
@@ -175,7 +175,7 @@ def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
     g = jnp.argmax(tops, -1)[..., None]
     m = jnp.take_along_axis(tops, g, -1)  # the maximum of maxima XLA would take from the logits once more
     other = lanes(tops, g.dtype) != g
-    m_other = jnp.max(jnp.where(other, tops, lowest(z.dtype)), -1, keepdims=True)
+    m_other = jnp.max(jnp.where(other, tops, jnp.finfo(z.dtype).min), -1, keepdims=True)
     sums = jnp.sum(jnp.exp(groups - m_other[..., None]), -1)  # of the group of m it may be inf
     others = jnp.sum(jnp.where(other, sums, 0), -1) * exp_difference(m_other, m)[..., 0]
     top = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]

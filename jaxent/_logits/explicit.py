@@ -33,21 +33,15 @@ class Split(NamedTuple):
 
     def of_block(self, block: Block) -> Any:
         """Specs of a block of linear logits."""
-        specs = {
-            "logits": self.of_logits(block.logits),
-            "label": P(*self.rows),
-            "distribution": self.of_logits(block.distribution),
-            "class_weights": P(self.classes),
-            "class_mask": self.of_mask(block.class_mask),
-        }
-        return Block(**{name: spec for name, spec in specs.items() if getattr(block, name) is not None})
+        z, q = self.of_logits(block.logits), self.of_logits(block.distribution)
+        specs = z, P(*self.rows), q, P(self.classes), self.of_mask(block.class_mask)
+        return Block(*(None if x is None else spec for x, spec in zip(block, specs, strict=True)))
 
     def of_logits(self, z: Any) -> Any:
         if not isinstance(z, LinearLogits):
             return P(*self.rows, self.classes)
-        specs: dict[str, Any] = {name: P() for name in shared_fields(z)} | {
-            name: P(*self.rows) for name in per_row_fields(z)
-        }
+        specs: dict[str, Any] = {name: P() for name in shared_fields(z)}
+        specs |= {name: P(*self.rows) for name in per_row_fields(z)}
         specs |= {"kernel": P(None, self.classes), "bias": P(self.classes)}
         return replace(z, {name: spec for name, spec in specs.items() if getattr(z, name) is not None})
 
@@ -79,9 +73,8 @@ def on_each_device(
     @jax.jit
     def everywhere(*arguments: Any) -> tuple[Any, Any]:
         out_specs = P(split.row_axes or None), P(*split.rows)
-        mapped = jax.shard_map(
-            local, mesh=split.mesh, in_specs=specs, out_specs=out_specs, axis_names=explicit
-        )
+        how = {"mesh": split.mesh, "in_specs": specs, "out_specs": out_specs, "axis_names": explicit}
+        mapped = jax.shard_map(local, **how)
         sums, per_row = mapped(*jax.tree.map(move, arguments, specs))
         return jax.tree.map(lambda x: jnp.sum(x, 0), sums), per_row
 

@@ -62,11 +62,7 @@ class RowLayout(NamedTuple):
 
     def _split(self) -> tuple[int, ...]:
         """Each axis as its groups and what a group has of it."""
-        return tuple(
-            part
-            for size, groups in zip(self.shape, self.groups, strict=True)
-            for part in (groups, size // groups)
-        )
+        return sum(((n, size // n) for size, n in zip(self.shape, self.groups, strict=True)), ())
 
 
 class ClassLayout(NamedTuple):

@@ -139,9 +139,8 @@ def checked(function: str, logits: LinearLogits, argument: str = "logits") -> Li
     if bias is not None:
         remedy = "Nothing is broadcast."
         contracts.check_shape(function, f"{argument}.bias", bias, kernel.shape[1:], "one per class", remedy)
-    temperature = contracts.number(
-        function, f"{argument}.temperature", logits.temperature, TEMPERATURE, rows=hidden.shape[:-1]
-    )
+    name, rows = f"{argument}.temperature", hidden.shape[:-1]
+    temperature = contracts.number(function, name, logits.temperature, TEMPERATURE, rows)
     softcap = logits.softcap
     if softcap is not None:
         softcap = contracts.number(function, f"{argument}.softcap", softcap, SOFTCAP)

@@ -51,9 +51,8 @@ class Inputs(NamedTuple):
         """The inverse, of other rows of these."""
         fields, counts, rows, mask, needed = per_row
         fields_of_all, shared, mask_of_all = shared
-        layers = (
-            replace(*x) for x in zip(self.layers, map(operator.or_, fields, fields_of_all), strict=True)
-        )
+        fields = map(operator.or_, fields, fields_of_all)
+        layers = map(replace, self.layers, fields)
         return Inputs(tuple(layers), counts, rows, shared, mask_of_all if mask is None else mask, needed)
 
     def grouped(self, layout: RowLayout) -> "Inputs":
@@ -110,11 +109,8 @@ def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[tuple[Ar
     every, weights = weights.perturbed, weights.value
     (losses, aux), gradients = _differentiate((*static, perturbed, every), inputs, weights)
     losses = limit(weights, losses)
-    return (jnp.sum(weights * losses), aux), (
-        _cast(gradients, inputs, _stored),
-        losses,
-        _dtypes((inputs, weights)),
-    )
+    residuals = _cast(gradients, inputs, _stored), losses, _dtypes((inputs, weights))
+    return (jnp.sum(weights * losses), aux), residuals
 
 
 def _summed_backward(static: Static, residuals: Any, g: Any) -> Any:
@@ -233,9 +229,8 @@ class _Blocks:
 
     def put(self, total: Any, i: Any, block: Any) -> Any:
         if self.order is None:
-            return jax.tree.map(
-                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * self.size, 0), total, block
-            )
+            start = i * self.size
+            return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), total, block)
         return put_rows(self._index(i), total, block)
 
     def add(self, total: Inputs, i: Any, block: Inputs) -> Inputs:

@@ -81,9 +81,7 @@ def _statistics_of_layer(
         block, counts = _grouped(rows, block), rows.grouped(counts)
         return rows.ungrouped(sharded.statistics(names, block, counts, class_axis_name, classes))
 
-    def of_block(
-        logits: tuple[Array, ...], counts: Array | None, per_row: Any, shared: Any
-    ) -> tuple[Any, Any]:
+    def of_block(logits: Any, counts: Array | None, per_row: Any, shared: Any) -> tuple[Any, Any]:
         found = vars(dense.statistics(names, _joined(logits[0], per_row, shared), counts))
         real = {name: found[name] for name in names if name not in INTEGER_STATISTICS}
         return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
@@ -105,20 +103,16 @@ def _weighted_sum(
         losses, aux = f.of_rows((), statistics(f.names, block, counts), counts, arguments, scale.shape)
         return jnp.sum(scale * keep(counts, losses)), aux
 
-    def of_block(
-        logits: tuple[Array, ...], counts: Array | None, per_row: Any, shared: Any
-    ) -> tuple[Any, Any]:
+    def of_block(logits: Any, counts: Array | None, per_row: Any, shared: Any) -> tuple[Any, Any]:
         block = _joined(logits[0], per_row[0], shared[0])
         found = dense.statistics(hoisted.names, block, counts)
         return hoisted.of_rows(shared[1], found, counts, per_row[1], block.logits.shape[:-1])
 
     per_row, shared = _rest_of(block)
-    needed = counts
-    if arguments.weightless is not None and not f.has_aux:
-        needed = both(counts, ~arguments.weightless)
-    inputs = Inputs(
-        (block.logits,), counts, (per_row, arguments), (shared, closed_over), block.class_mask, needed
-    )
+    skips = arguments.weightless is not None and not f.has_aux
+    needed = both(counts, ~arguments.weightless) if skips else counts
+    parts = (per_row, arguments), (shared, closed_over)
+    inputs = Inputs((block.logits,), counts, *parts, block.class_mask, needed)
     return _by_rows(of_block, rows, size, inputs, scale)
 
 
