@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import jaxent
+from jaxent._rows import Options
 
 PACKAGE = Path(jaxent.__file__).parent
 
@@ -96,6 +97,16 @@ def test_file_is_short_and_says_what_it_is(path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), "the first line of a module says what it is"
     assert len(text.splitlines()) <= 450, "files near 400 lines want splitting"
+
+
+@files(FILES)
+def test_private_functions_take_few_arguments(path):
+    """What belongs together travels in one record."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name not in FUNCTIONS:
+            a = node.args
+            number = len(a.posonlyargs + a.args + a.kwonlyargs) + bool(a.vararg) + bool(a.kwarg)
+            assert number <= 6, f"{node.name} takes {number}"
 
 
 def test_init_is_the_list_of_public_names():
@@ -203,6 +214,15 @@ def test_parameters_are_named_alike(name):
     order = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     common = [option for option in ("axis", "where", "weights", "reduction") if option in order]
     assert common == [option for option in order if option in common], "the shared options in one order"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shared_options_are_in_the_order_of_their_record(name):
+    """`Options` is made of them by position."""
+    order = [
+        option for option in inspect.signature(getattr(jaxent, name)).parameters if option in Options._fields
+    ]
+    assert order == [option for option in Options._fields if option in order]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

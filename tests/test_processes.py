@@ -25,7 +25,8 @@ def test_a_class_axis_across_processes(tmp_path):
     for source in workers.SOURCES:
         f = jax.jit(partial(workers.value_and_gradients, source), compiler_options=QUICK)
         expected = f(workers.arrays())
-        found = np.load(tmp_path / f"{source}.npz")
+        with np.load(tmp_path / f"{source}.npz") as file:
+            found = dict(file)
         assert sorted(found) == sorted(expected)
         for name, x in expected.items():
             atol = 1e-6 * np.max(np.abs(x))
