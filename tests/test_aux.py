@@ -13,7 +13,7 @@ import harness
 import jaxent
 from layers import ADVANTAGE, F32, FLAT, SEQUENCES, WIDE, assert_same, compiled, layer_of
 from programs import matmul_operations
-from tables import thinned
+from tables import spread, thinned
 
 SOURCES = ("dense", *harness.LINEAR)
 everywhere = pytest.mark.parametrize("source", SOURCES)
@@ -69,7 +69,7 @@ def assert_close(got, want):
             np.testing.assert_array_equal(g, w)
 
 
-@thinned(3, "source, reduction, shape", SOURCES, REDUCTIONS, [FLAT, SEQUENCES, ()])
+@spread(3, "source, reduction, shape", SOURCES, REDUCTIONS, [FLAT, SEQUENCES, ()])
 def test_figures(source, reduction, shape):
     layer, labels = layer_of(shape), labels_of(shape)
     where = jnp.asarray(np.arange(labels.size).reshape(shape) % 3 != 1)
@@ -214,7 +214,7 @@ def transformed(name, f):
 TRANSFORMATIONS = ("grad", "jit", "checkpoint", "vmap", "scan")
 
 
-@thinned(3, "source, name", SOURCES, TRANSFORMATIONS)
+@spread(3, "source, name", SOURCES, TRANSFORMATIONS)
 def test_transformations(source, name):
     """`jax.value_and_grad(..., has_aux=True)` under and over the others."""
 

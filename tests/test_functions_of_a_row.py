@@ -14,7 +14,7 @@ import harness
 import jaxent
 from forms import entropy, log_prob
 from layers import ADVANTAGE, F32, FLAGS, FLAT, OLD, SEQUENCES, WIDE, assert_same, compiled, layer_of
-from tables import thinned
+from tables import spread, thinned
 
 SOURCES = ("dense", *harness.LINEAR)
 everywhere = pytest.mark.parametrize("source", SOURCES)
@@ -34,7 +34,7 @@ def add_up(losses):
 # What fn sees.
 
 
-@thinned(2, "shape, source", [FLAT, SEQUENCES, ()], SOURCES)
+@spread(2, "shape, source", [FLAT, SEQUENCES, ()], SOURCES)
 def test_fn_sees_one_row(shape, source):
     rows = {
         "wide": jnp.ones((*shape, 3)),
@@ -330,7 +330,7 @@ def test_hidden_rows_are_gone(source, hide):
     assert_same((value, of_layer, *map(rows, of_rows), of_scale), (want, *slopes))
 
 
-@thinned(3, "source, reduction", SOURCES, REDUCTIONS)
+@spread(3, "source, reduction", SOURCES, REDUCTIONS)
 def test_a_single_row(source, reduction):
     layer = layer_of(())
 
@@ -346,7 +346,7 @@ def test_a_single_row(source, reduction):
         assert_same(*run(layer, WIDE[0]))
 
 
-@thinned(3, "source, reduction", SOURCES, REDUCTIONS)
+@spread(3, "source, reduction", SOURCES, REDUCTIONS)
 def test_no_rows(source, reduction):
     layer = dataclasses.replace(layer_of(FLAT), hidden=jnp.zeros((0, 4)))
 
@@ -362,7 +362,7 @@ def test_no_rows(source, reduction):
     assert all((x == 0).all() for x in jax.tree.leaves(found))
 
 
-@thinned(3, "source, reduction", SOURCES, REDUCTIONS)
+@spread(3, "source, reduction", SOURCES, REDUCTIONS)
 def test_reductions(source, reduction):
     layer, weights = layer_of(SEQUENCES), np.float32(np.arange(12) % 5 / 2).reshape(SEQUENCES)
     labels, where = np.arange(12).reshape(SEQUENCES) % 11, np.arange(12).reshape(SEQUENCES) % 4 != 2

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import harness
 import jaxent
 from programs import collectives
-from tables import thinned
+from tables import spread
 
 N, D, V = 16, 4, 12
 SOURCES = ("dense", *harness.LINEAR)
@@ -145,12 +145,12 @@ MESHES = {
 }
 
 
-@thinned(5, "kind, split, source", MESHES, SPLITS, SOURCES)
+@spread(5, "kind, split, source", MESHES, SPLITS, SOURCES)
 def test_jit(kind, split, source):
     check_jit(kind, split, source, "mean")
 
 
-@thinned(3, "kind, source", MESHES, SOURCES)
+@spread(3, "kind, source", MESHES, SOURCES)
 def test_jit_of_losses_per_row(kind, source):
     check_jit(kind, "both", source, "none")
 
@@ -163,7 +163,7 @@ def check_jit(kind, split, source, reduction):
     check(got, expected(reduction, kind != "auto"))
 
 
-@thinned(2, "kind, source", MESHES, SOURCES)
+@spread(2, "kind, source", MESHES, SOURCES)
 def test_a_function_that_closes_over_nothing(kind, source):
     """Each device has its own rows of it: whatever it is made of."""
 
@@ -208,7 +208,7 @@ def shard_map(f, in_specs, out_specs, check_vma):
     return jax.shard_map(f, mesh=AUTO, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
-@thinned(3, "check_vma, split, source", [True, False], ["rows", "rows of all devices"], SOURCES)
+@spread(3, "check_vma, split, source", [True, False], ["rows", "rows of all devices"], SOURCES)
 def test_rows_in_shard_map(check_vma, split, source):
     """The gradient from outside; figures of a device's rows are there."""
     in_specs = SPLITS[split]
@@ -222,7 +222,7 @@ def test_rows_in_shard_map(check_vma, split, source):
         check(compiled(jax.value_and_grad(mapped, has_aux=True))(*arrays()), expected())
 
 
-@thinned(2, "check_vma, source", [True, False], SOURCES)
+@spread(2, "check_vma, source", [True, False], SOURCES)
 def test_rows_and_classes_in_shard_map(check_vma, source):
     in_specs = SPLITS["both"]
     axes = {"batch_axis_name": "rows", "class_axis_name": "classes"}
@@ -235,7 +235,7 @@ def test_rows_and_classes_in_shard_map(check_vma, source):
         check(compiled(jax.value_and_grad(mapped, has_aux=True))(*arrays()), expected())
 
 
-@thinned(2, "axes, source", ["rows", "both"], SOURCES)
+@spread(2, "axes, source", ["rows", "both"], SOURCES)
 def test_gradients_inside_of_shard_map(axes, source):
     """jax adds up those of what the devices have in common: the kernel, the number and the table."""
     in_specs = SPLITS[axes]
