@@ -66,7 +66,7 @@ def zeros_like_any(like: Any, x: Array) -> Array:
     """
     zero = jnp.zeros_like(x)
     for leaf in jax.tree.leaves(like):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size:
             # XLA knows that it is 0
             zero = zero + jnp.where(jnp.zeros((), bool), leaf[(0,) * leaf.ndim].astype(x.dtype), 0)
     return varying_like(like, zero)

@@ -57,7 +57,7 @@ def softmax_loss(
 
     Returns:
       Losses `[...]` or a scalar, in what unit `fn` gives; with `has_aux` `(losses, aux)`, its leaves `[..., *anything]`
-      of each row, never reduced, 0 in rows that do not count.
+      of each row, never reduced, 0 in rows that do not count (but for random keys).
 
     Gradients:
       With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in forward mode

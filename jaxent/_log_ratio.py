@@ -34,6 +34,7 @@ from ._numerics import (
     accumulation_dtype,
     divided,
     exp_difference,
+    limit,
     over_rows,
     product_or_zero,
     subtraction_error,
@@ -101,7 +102,7 @@ def divergence_of_layers(
             found = _by_blocks(lambda static, pair, _: divergence(static, pair), static, pair, None, weights)
         else:
             found = _of_split_layers(static, pair, axis_name)
-            found = found if weights is None else jnp.sum(weights * found)
+            found = found if weights is None else jnp.sum(weights * limit(weights, found))
         return ((), found) if weights is None else (found, ())
 
     total, losses = on_each_device(here, split, specs, (pair, weights))

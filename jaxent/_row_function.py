@@ -73,25 +73,24 @@ def row_function(
     available = available_statistics(block)
     read: set[str] = set()
 
+    def on_read(name: str) -> None:
+        if name not in available:
+            remedy = "Pass class indices; `rank` needs them, `log_prob` a distribution at least."
+            got = "None" if block.distribution is None else "a distribution"
+            expected = f"given for `fn` to read `{name}`"
+            contracts.fail(TypeError, rows.function, "labels", expected, got, remedy)
+        read.add(name)
+
     def of_row(_: Any, statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
         label_weight = 1 if arguments.label_weight is None else arguments.label_weight
         return _checked(rows.function, fn(statistics, label_weight, *arguments.row_args), has_aux)
 
     def recording(statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
         recorder = _Recorder(**vars(statistics))
-        object.__setattr__(recorder, "on_read", read.add)
+        object.__setattr__(recorder, "on_read", on_read)
         return of_row((), recorder, arguments)
 
-    try:
-        _, (loss, _) = _trace(recording, available, block, (rows.counts, rows.weights), arguments)
-    except (TypeError, ValueError) as error:
-        missing = sorted(read.difference(available))
-        if not missing:
-            raise
-        remedy = "Pass class indices; `rank` needs them, `log_prob` a distribution at least."
-        got = "None" if block.distribution is None else "a distribution"
-        expected = f"given for `fn` to read `{missing[0]}`"
-        raise contracts.error(TypeError, rows.function, "labels", expected, got, remedy) from error
+    _, (loss, _) = _trace(recording, available, block, (rows.counts, rows.weights), arguments)
     names = tuple(name for name in available if name in read)
     return RowFunction(of_row, names, rows.all_classes(block.logits.shape[-1]), loss.dtype, has_aux)
 
@@ -121,17 +120,17 @@ def hoist(f: RowFunction, block: Block, like: Any, arguments: Arguments) -> tupl
 
 
 class _Recorder(SoftmaxStatistics):
-    """Statistics that remember which of them were read. As a pytree (fn may be jitted) all of them are."""
+    """Statistics that tell which of them are read. As a pytree (fn may be jitted) all that there are."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in STATISTICS:
-            object.__getattribute__(self, "on_read")(name)
+            vars(self).get("on_read", lambda _: None)(name)  # a copy has none
         return object.__getattribute__(self, name)
 
 
 jax.tree_util.register_pytree_node(
     _Recorder,
-    lambda s: (tuple(getattr(s, name) for name in STATISTICS), None),
+    lambda s: ([None if vars(s)[name] is None else getattr(s, name) for name in STATISTICS], None),
     lambda _, fields: cast(_Recorder, SoftmaxStatistics(*fields)),
 )
 

@@ -74,17 +74,6 @@ def test_fn_sees_one_row(shape, source):
 
 
 @everywhere
-def test_statistics_without_labels_are_none(source):
-    def fn(s):
-        assert s.log_prob is s.weighted_log_prob is s.rank is None
-        return s.entropy
-
-    with harness.blocks(source):
-        found = jax.eval_shape(lambda x: jaxent.softmax_loss(fn, logits_of(source, x), None), layer_of(FLAT))
-    assert found.shape == ()
-
-
-@everywhere
 def test_fn_is_not_called_for_every_row(source):
     calls = []
 
@@ -543,3 +532,19 @@ def test_errors_of_fn_are_its_own(source):
 
     with harness.blocks(source), pytest.raises(KeyError, match="mine"):
         jaxent.softmax_loss(fn, logits_of(source, layer_of(FLAT)), LABELS)
+
+
+def test_what_the_labels_do_not_allow_is_an_error_when_it_is_only_compared():
+    z, q = jnp.eye(3), jnp.eye(3)
+    for fn, labels in (
+        (lambda s: jnp.where(s.rank == 0, s.entropy, 0), q),
+        (lambda s: s.log_prob is None, None),
+    ):
+        with pytest.raises(TypeError, match="`labels` must be given for `fn` to read"):
+            jaxent.softmax_loss(fn, z, labels)
+
+
+def test_statistics_may_be_replaced():
+    z, y = jnp.eye(3), jnp.arange(3)
+    fn = lambda s: dataclasses.replace(s, entropy=1.0).log_prob  # noqa: E731
+    assert jaxent.softmax_loss(fn, z, y) == jaxent.softmax_loss(lambda s: s.log_prob, z, y)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._derivatives import slope_rule, varying_like, with_forward_mode
+from .._derivatives import varying_like, with_forward_mode, zeros_like_any
 from .._devices import lanes, spread
 from .._numerics import exp_difference
 from .._rows import keep_gradient
@@ -65,7 +65,7 @@ def partials(
 def slope(names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial) -> dict[str, Array]:
     """As `class_blocks.slope`."""
     inputs = block, counts, whole
-    return _slope(names, varying_like(inputs, inputs))
+    return _slope(names, *varying_like(inputs, inputs))
 
 
 def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[str, Array]:
@@ -109,12 +109,14 @@ _rule.defvjp(_forward, _backward)
 _real_statistics = with_forward_mode(_rule)
 
 
-_slope = with_forward_mode(
-    slope_rule(
-        lambda names, inputs: {name: jnp.zeros_like(inputs[-1].m) for name in names},
-        lambda names, inputs, _, g: (*_backward(names, inputs, g), None),
-    )
-)
+def _zeros(names: tuple[str, ...], *inputs: Any) -> dict[str, Array]:
+    return {name: zeros_like_any(inputs, inputs[-1].m) for name in names}
+
+
+# without symbolic zeros, which an eager shard_map does not take
+_slope_rule = jax.custom_vjp(_zeros, nondiff_argnums=(0,))
+_slope_rule.defvjp(lambda names, *x: (_zeros(names, *x), x), lambda *x: (*_backward(*x), None))
+_slope = with_forward_mode(_slope_rule)
 
 
 # On one CPU, XLA hands a reduction to its fast library only where everything in it is plain float arithmetic: a

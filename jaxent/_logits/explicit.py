@@ -52,7 +52,7 @@ class Split(NamedTuple):
 
 
 def on_each_device(
-    f: Callable[..., tuple[Any, Any]], split: Split | None, specs: Any, arguments: Any, check_vma: bool = True
+    f: Callable[..., tuple[Any, Any]], split: Split | None, specs: Any, arguments: Any
 ) -> tuple[Any, Any]:
     """(sums, results per row) = `f(*arguments)` of what each device has; the sums of all devices are added up.
 

@@ -322,3 +322,26 @@ def test_the_prediction_of_a_row_with_nan():
 
     f = jax.shard_map(prediction, mesh=mesh(1, 4), in_specs=P(None, "classes"), out_specs=P())
     assert jax.jit(f)(z).tolist() == [40, 14, 30] == jnp.argmax(z, -1).tolist()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_without_jit(check_vma):
+    """A metric of an evaluation: jax has no symbolic zeros there."""
+    mesh = Mesh(np.array(jax.devices()), ("classes",))
+    z, y = jax.random.normal(jax.random.key(0), (6, 16)), jnp.arange(6)
+    f = lambda z, **axes: jaxent.softmax_cross_entropy(z, y, reduction="mean", **axes)  # noqa: E731
+    split = functools.partial(f, class_axis_name="classes")
+    got = jax.shard_map(split, mesh=mesh, in_specs=P(None, "classes"), out_specs=P(), check_vma=check_vma)(z)
+    np.testing.assert_allclose(got, f(z), rtol=1e-6)
+
+
+def test_checkpoint_of_a_mapped_class_axis():
+    z, y = jax.random.normal(jax.random.key(0), (6, 4, 2)), jnp.arange(6)
+
+    @functools.partial(jax.vmap, axis_name="classes", in_axes=1)
+    def split(z):
+        return jaxent.softmax_loss(lambda s: s.log_prob**2, z, y, class_axis_name="classes")
+
+    whole = lambda z: jaxent.softmax_loss(lambda s: s.log_prob**2, z.reshape(6, 8), y)  # noqa: E731
+    got = jax.grad(jax.checkpoint(lambda z: split(z)[0]))(z)
+    np.testing.assert_allclose(got, jax.grad(whole)(z), rtol=1e-5, atol=1e-6)
