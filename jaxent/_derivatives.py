@@ -1,4 +1,4 @@
-"""Forward mode for functions whose rule of record is a `custom_vjp`."""
+"""Custom derivatives: forward mode for rules that are a `custom_vjp`, and values whose derivative is stated apart."""
 
 import dataclasses
 import functools
@@ -153,17 +153,10 @@ def slope_rule(zeros: Callable[..., Any], gradient: Callable[..., Any]) -> Calla
     return rule
 
 
-def is_symbolic_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
 def instantiate(tree: Any) -> Any:
     """Cotangents, symbolic zeros among them, as arrays."""
-
-    def zeros(x: Any) -> Any:
-        return jnp.zeros(x.shape, x.dtype) if is_symbolic_zero(x) else x
-
-    return jax.tree.map(zeros, tree, is_leaf=is_symbolic_zero)
+    is_zero = lambda x: isinstance(x, SymbolicZero)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_zero(x) else x, tree, is_leaf=is_zero)
 
 
 def stopping_early(run: Callable[..., Any]) -> Callable[..., Any]:

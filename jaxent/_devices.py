@@ -57,11 +57,16 @@ def split_as(sharding: Any, axes: slice, x: Any) -> Any:
 
     Elsewhere (`sharding` is None) `x` itself. Its derivative comes back in the split that `x` had.
     """
-    if x is None or sharding is None or jax.typeof(x).sharding.mesh.empty:
+    if x is None or sharding is None:
         return x
-    first, own = tuple(sharding.spec)[axes], tuple(jax.typeof(x).sharding.spec)
-    spec = (*first, *own[len(first) :])
-    return x if spec == own else jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*spec)))
+    first, old = tuple(sharding.spec)[axes], (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[: x.ndim]
+    spec = (*first, *old[len(first) :])
+    if spec == old:
+        return x
+    try:
+        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*spec)))
+    except ValueError:
+        return x  # on one device, and neither in `jit` nor in `jax.set_mesh`: jax cannot
 
 
 def lanes(x: Array, dtype: Any = jnp.int32) -> Array:

@@ -75,8 +75,8 @@ def softmax_loss(
       rows; `jax.lax.pcast` it.)
 
     Raises:
-      As `softmax_cross_entropy`; ValueError: an `fn` that does not give a scalar; a row argument without the shape of
-        the rows in front.
+      As `softmax_cross_entropy`; TypeError: an `fn` that reads what the labels do not allow; ValueError: an
+        `fn` that does not give a scalar; a row argument without the shape of the rows in front.
 
     Example:
       A policy gradient with an entropy bonus, and how often the policy agrees with the action:

@@ -195,6 +195,9 @@ def keep(counts: Array | None, x: Array, other: float = 0) -> Array:
     """`x` `[..., *anything]` where the row counts, `other` elsewhere: a select, so NaN behind the mask stays there."""
     if counts is None or jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys hide nothing
         return x
+    x = split_as(
+        explicit_sharding(counts), slice(counts.ndim), x
+    )  # what is the same for all rows is not split
     if x.ndim > counts.ndim:
         counts = jnp.expand_dims(counts, tuple(range(counts.ndim, x.ndim)))
     return jnp.where(counts, x, jnp.full_like(x, other))
@@ -320,7 +323,7 @@ def total_weight(
 
     Raises:
       TypeError: labels that are floats, a mask that is not bool.
-      ValueError: shapes that differ; nothing is broadcast.
+      ValueError: shapes that differ; with `ignore_index` or `class_weights` bad labels that are known on the host.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -338,7 +341,8 @@ def total_weight(
     contracts.check_ignore_index(function, ignore_index, True)
     names = class_axis_name, batch_axis_name
     options = Options(-1, where, ignore_index, weights, class_weights, None, "mean", *names)
-    sharding = explicit_sharding(labels) if isinstance(labels, jax.Array) else None
+    read = (where, weights) if ignore_index is None and class_weights is None else (where, weights, labels)
+    sharding = explicit_sharding(*(x for x in read if isinstance(x, jax.Array)))
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, P(*sharding.spec, None))
     rows = Rows.of(function, options, np.shape(labels), sharding, "labels")

@@ -46,9 +46,9 @@ class Split(NamedTuple):
         return replace(z, {name: spec for name, spec in specs.items() if getattr(z, name) is not None})
 
     def of_mask(self, class_mask: Any) -> Any:
-        if class_mask is None or class_mask.ndim > 1:
-            return None if class_mask is None else self.of_logits(class_mask)
-        return P(self.classes)
+        if class_mask is None:
+            return None
+        return P(self.classes) if class_mask.ndim == 1 else self.of_logits(class_mask)
 
 
 def on_each_device(

@@ -173,9 +173,8 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
     """Something harmless in place of what is hidden: it will be multiplied by a gradient of zero."""
     if counts is None:
         return layer
-    others = {"hidden": 0}  # and a temperature of 1
-    fields = per_row_fields(layer)
-    return replace(layer, {name: keep(counts, x, others.get(name, 1)) for name, x in fields.items()})
+    fields = per_row_fields(layer).items()
+    return replace(layer, {name: keep(counts, x, 0 if name == "hidden" else 1) for name, x in fields})
 
 
 def product(block: LinearLogits) -> Array:

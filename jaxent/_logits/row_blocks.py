@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from .._derivatives import (
     instantiate,
-    is_symbolic_zero,
     reverse_mode_only,
     stopping_early,
     values_and_perturbed,
@@ -85,7 +85,7 @@ def _mapped_forward(static: Static, inputs: Any) -> tuple[Any, Any]:
 
 def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | None]:
     inputs, perturbed = residuals
-    if all(map(is_symbolic_zero, jax.tree.leaves(g[0], is_leaf=is_symbolic_zero))):
+    if all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(g[0])):
         return (None,)  # nothing depends on these results
     _, gradients = _differentiate((*static, perturbed, False), inputs, instantiate(g[0]))
     return (_cast(gradients, inputs),)
