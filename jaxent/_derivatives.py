@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
@@ -53,7 +52,7 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
             return out_dot
 
         dot = tangent(vjp, [varying_like(leaves[i], dots[i]) for i in perturbed])
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), integers)
+        zeros = jax.tree.map(jax.custom_derivatives.zero_from_primal, integers)
         return join(out, integers), join(dot, zeros)
 
     return function

@@ -35,3 +35,10 @@ def assert_same(got, want, what="", tolerance=2e-6):
         g, w = g.astype(np.float64), w.astype(np.float64)
         assert np.isfinite(w).all(), what
         assert np.linalg.norm((g - w).ravel()) <= tolerance * np.linalg.norm(w.ravel()), (what, g, w)
+
+
+SOURCES = ("dense", *harness.LINEAR)
+
+
+def logits_of(source, layer):
+    return layer.dense() if source == "dense" else layer

@@ -1,4 +1,4 @@
-"""What a user's function is: of one row, of any source of logits; and what is no such function."""
+"""What a user's function is: what it sees of a row, and what it closes over, on any source of logits."""
 
 import dataclasses
 import functools
@@ -8,22 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax, nn
+from jax import lax, nn
 
 import harness
 import jaxent
 from forms import entropy, log_prob
-from layers import ADVANTAGE, F32, FLAGS, FLAT, OLD, SEQUENCES, WIDE, assert_same, compiled, layer_of
+from layers import (
+    ADVANTAGE,
+    F32,
+    FLAGS,
+    FLAT,
+    OLD,
+    SEQUENCES,
+    SOURCES,
+    WIDE,
+    assert_same,
+    compiled,
+    layer_of,
+    logits_of,
+)
 from tables import spread, thinned
 
-SOURCES = ("dense", *harness.LINEAR)
 everywhere = pytest.mark.parametrize("source", SOURCES)
 LABELS = jnp.asarray([3, 0, 10, 7, 7, 1, 5])
-REDUCTIONS = ("none", "sum", "mean")
-
-
-def logits_of(source, layer):
-    return layer.dense() if source == "dense" else layer
 
 
 def add_up(losses):
@@ -278,273 +285,3 @@ def test_nothing_leaks(source):
             jax.eval_shape(jax.grad(loss, (0, 1)), layer_of(FLAT), jnp.ones(3))
     finally:
         gc.unfreeze()
-
-
-# Rows: hidden ones, one, none; and how they are added up.
-
-
-@thinned(2, "source, hide", SOURCES, ["where", "ignore_index", "weights"])
-def test_hidden_rows_are_gone(source, hide):
-    """Whatever they hold, and whatever fn makes of it; the others are as without them."""
-    seen = np.array([True, False, True, True, False, True, True])
-    dirty = jnp.where(seen, ADVANTAGE, jnp.nan)
-    layer, labels, options, ignored = layer_of(FLAT), LABELS, {}, None
-    if hide == "ignore_index":
-        labels, ignored = jnp.where(seen, LABELS, -1), -1
-    elif hide == "where":
-        options["where"] = jnp.asarray(seen)
-    else:
-        options["weights"] = jnp.asarray(seen, F32)
-
-    def fn(s, a, w, scale):
-        carry = lax.scan(lambda c, x: (scale * c + a * x, None), s.log_prob, jnp.sort(w))[0]
-        return lax.cond(a > 0, lambda c: c * s.entropy, jnp.sin, carry)
-
-    def loss(layer, dirty, wide, scale, labels, options):
-        f = lambda s, a, w: fn(s, a, w, scale)  # noqa: E731
-        logits = logits_of(source, layer)
-        return jaxent.softmax_loss(f, logits, labels, dirty, wide, ignore_index=ignored, **options)
-
-    rows = lambda x: x[np.flatnonzero(seen)]  # noqa: E731
-    with harness.blocks(source):
-        f = compiled(jax.value_and_grad(loss, (0, 1, 2, 3)))
-        scale = jnp.float32(0.7)
-        value, gradients = f(layer, dirty, WIDE, scale, labels, options)
-        of_seen = dataclasses.replace(layer, hidden=rows(layer.hidden))
-        want, slopes = f(of_seen, rows(dirty), rows(WIDE), scale, rows(labels), {})
-    of_layer, *of_rows, of_scale = gradients
-    for x in (of_layer.hidden, *of_rows):
-        assert (x[np.flatnonzero(~seen)] == 0).all()
-    of_layer = dataclasses.replace(of_layer, hidden=rows(of_layer.hidden))
-    assert_same((value, of_layer, *map(rows, of_rows), of_scale), (want, *slopes))
-
-
-@spread(3, "source, reduction", SOURCES, REDUCTIONS)
-def test_a_single_row(source, reduction):
-    layer = layer_of(())
-
-    def loss(layer, w):
-        fn = lambda s, w: jnp.sort(w)[0] * s.log_prob - s.entropy  # noqa: E731
-        return jaxent.softmax_loss(fn, logits_of(source, layer), jnp.asarray(2), w, reduction=reduction)
-
-    def plain(layer, w):
-        return w.min() * log_prob(layer.dense(), jnp.asarray(2)) - entropy(layer.dense())
-
-    with harness.blocks(source):
-        run = compiled(lambda *x: [jax.value_and_grad(f, (0, 1))(*x) for f in (loss, plain)])
-        assert_same(*run(layer, WIDE[0]))
-
-
-@spread(3, "source, reduction", SOURCES, REDUCTIONS)
-def test_no_rows(source, reduction):
-    layer = dataclasses.replace(layer_of(FLAT), hidden=jnp.zeros((0, 4)))
-
-    def loss(layer, w, scale):
-        fn = lambda s, w: scale * jnp.sort(w)[0] * s.log_prob  # noqa: E731
-        logits = logits_of(source, layer)
-        losses = jaxent.softmax_loss(fn, logits, jnp.zeros(0, int), w, reduction=reduction)
-        assert losses.shape == ((0,) if reduction == "none" else ())
-        return losses.sum()
-
-    with harness.blocks(source):
-        found = compiled(jax.value_and_grad(loss, (0, 1, 2)))(layer, jnp.zeros((0, 3)), jnp.float32(2))
-    assert all((x == 0).all() for x in jax.tree.leaves(found))
-
-
-@spread(3, "source, reduction", SOURCES, REDUCTIONS)
-def test_reductions(source, reduction):
-    layer, weights = layer_of(SEQUENCES), np.float32(np.arange(12) % 5 / 2).reshape(SEQUENCES)
-    labels, where = np.arange(12).reshape(SEQUENCES) % 11, np.arange(12).reshape(SEQUENCES) % 4 != 2
-    with harness.blocks(source):
-        got = compiled(
-            lambda layer, *x: jaxent.softmax_loss(
-                lambda s, i: jnp.arange(12.0)[i] * s.log_prob, logits_of(source, layer), *x, reduction=reduction,
-                where=where, weights=weights,
-            )
-        )(layer, labels, labels[::-1])  # fmt: skip
-    z = np.float64(layer.hidden) @ np.float64(layer.kernel) + np.float64(layer.bias)
-    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    losses = where * weights * labels[::-1] * np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    want = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (where * weights).sum()}
-    np.testing.assert_allclose(got, want[reduction], rtol=2e-6, atol=2e-6)
-
-
-def test_losses_of_other_dtypes():
-    z = layer_of(FLAT).dense()
-    place = jaxent.softmax_statistics(z, LABELS, names=["rank"]).rank
-    for fn, want in (
-        (lambda s: s.rank, place.mean()),
-        (lambda s: s.rank < 3, (place < 3).mean()),
-        (lambda s: 0.5, 0.5),
-    ):
-        got = jaxent.softmax_loss(fn, z, LABELS)
-        assert got.dtype == F32
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
-@everywhere
-def test_export_for_any_number_of_rows(source):
-    kernel = layer_of(FLAT).kernel
-
-    def f(hidden, label, wide, scale):
-        fn = lambda s, w: (scale * s.log_prob * jnp.sort(w)[0], s.rank)  # noqa: E731
-        logits = logits_of(source, jaxent.LinearLogits(hidden, kernel))
-        return jaxent.softmax_loss(fn, logits, label, wide, has_aux=True)
-
-    f = compiled(jax.value_and_grad(f, (0, 3), has_aux=True))
-    (n,) = export.symbolic_shape("n")
-    with harness.blocks(source):
-        types = ((n, 4), F32), ((n,), jnp.int32), ((n, 3), F32), ((), F32)
-        exported = export.export(f)(*(jax.ShapeDtypeStruct(*x) for x in types))
-    arguments = layer_of(FLAT).hidden, LABELS, WIDE, F32(0.3)
-    assert_same(exported.call(*arguments), f(*arguments))
-
-
-@everywhere
-def test_half_logits_and_half_row_arguments(source):
-    layer = jax.tree.map(lambda x: x.astype(jnp.bfloat16), layer_of(FLAT))
-
-    def fn(s, w):
-        assert s.log_prob.dtype == s.entropy.dtype == F32 and w.dtype == jnp.bfloat16
-        return s.log_prob * jnp.sort(w)[1].astype(F32)
-
-    def loss(layer, w):
-        return jaxent.softmax_loss(fn, logits_of(source, layer), LABELS, w)
-
-    with harness.blocks(source):
-        value, gradients = compiled(jax.value_and_grad(loss, (0, 1)))(layer, WIDE.astype(jnp.bfloat16))
-        half = compiled(lambda x, w: jaxent.softmax_loss(lambda s, w: fn(s, w).astype(w.dtype), x, LABELS, w))
-        assert half(logits_of(source, layer), WIDE.astype(jnp.bfloat16)).dtype == F32
-    wide = jax.tree.map(lambda x: x.astype(F32), layer)
-    ordered = jnp.sort(WIDE.astype(jnp.bfloat16), -1)[:, 1].astype(F32)
-    want = jnp.mean(log_prob(wide.dense(), LABELS) * ordered)
-    np.testing.assert_allclose(value, want, rtol=2e-2)
-    assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
-    assert (jnp.sum(gradients[1] != 0, -1) == 1).all()
-
-
-# Errors: the same of both sources, before anything runs.
-
-
-def messages(fn, *row_args, match, rows=FLAT, **options):
-    found = set()
-    for source in SOURCES:
-        for reduction in ("none", "mean"):
-            with harness.blocks(source), pytest.raises(ValueError, match=match) as error:
-                jax.eval_shape(
-                    lambda layer, source=source, reduction=reduction: jaxent.softmax_loss(
-                        fn,
-                        logits_of(source, layer),
-                        jnp.zeros(rows, int),
-                        *row_args,
-                        reduction=reduction,
-                        **options,
-                    ),
-                    layer_of(rows),
-                )
-            found.add(str(error.value))
-    (message,) = found
-    assert message.startswith("jaxent.softmax_loss: ")
-    return message
-
-
-ARRAYS = {
-    "closes over a value per row": ([7], lambda s: ADVANTAGE * s.log_prob),
-    "one lane": ([1], lambda s: s.log_prob[None]),
-    "stacked": ([2], lambda s: jnp.stack([s.log_prob, s.entropy])),
-    "integers": ([7], lambda s: FLAGS),
-}
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-def test_fn_returns_an_array(name):
-    shape, fn = ARRAYS[name]
-    message = messages(fn, match=r"`fn` must be")
-    assert "row argument" in message and str(shape) in message
-
-
-NO_LOSSES = {
-    "a tuple": lambda s: (s.entropy,),
-    "a pair": lambda s: (s.entropy, s.log_prob),
-    "nothing": lambda s: None,
-    "a dict": lambda s: {"loss": s.entropy},
-    "the statistics": lambda s: s,
-    "complex": lambda s: lax.complex(s.log_prob, s.entropy),
-}
-
-
-@pytest.mark.parametrize("name", NO_LOSSES)
-def test_fn_returns_something_else(name):
-    messages(NO_LOSSES[name], match=r"`fn` must be")
-
-
-NO_PAIRS = {
-    "a loss": lambda s: s.log_prob,
-    "three": lambda s: (s.log_prob, s.entropy, s.rank),
-    "one": lambda s: (s.log_prob,),
-    "a dict": lambda s: {"loss": s.log_prob, "aux": s.entropy},
-    "an array as loss": lambda s: (s.log_prob[None], s.entropy),
-    "no loss": lambda s: (None, s.entropy),
-}
-
-
-@pytest.mark.parametrize("name", NO_PAIRS)
-def test_fn_returns_no_pair(name):
-    messages(NO_PAIRS[name], match=r"`fn` must be", has_aux=True)
-
-
-OTHER_ROWS = {
-    "another number of rows": jnp.ones(8),
-    "one for all": jnp.ones(1),
-    "a number": 0.5,
-    "one per class": jnp.ones(11),
-    "rows in another place": jnp.ones((3, 7)),
-    "a leaf of a pytree": {"a": ADVANTAGE, "b": [jnp.ones(2)]},
-    "one key": jax.random.key(0),
-    "a table": np.ones((2, 7)),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_ROWS)
-def test_row_arguments_without_the_rows(name):
-    message = messages(lambda s, x: s.log_prob, OTHER_ROWS[name], match=r"`row_args` must be")
-    assert "close over it" in message
-
-
-def test_row_arguments_with_some_of_the_rows():
-    for x in (jnp.ones(4), jnp.ones((4, 1)), jnp.ones((3, 4)), jnp.ones(())):
-        assert "close over it" in messages(
-            lambda s, x: s.entropy, x, match=r"`row_args` must be", rows=SEQUENCES
-        )
-
-
-def test_no_row_argument_is_none():
-    """A pytree with no leaf."""
-    z = layer_of(FLAT).dense()
-    got = jaxent.softmax_loss(lambda s, nothing, x: s.log_prob * x[1], z, LABELS, None, (None, ADVANTAGE))
-    np.testing.assert_allclose(got, jnp.mean(ADVANTAGE * log_prob(z, LABELS)), rtol=1e-5)
-
-
-@everywhere
-def test_errors_of_fn_are_its_own(source):
-    def fn(s):
-        raise KeyError("mine")
-
-    with harness.blocks(source), pytest.raises(KeyError, match="mine"):
-        jaxent.softmax_loss(fn, logits_of(source, layer_of(FLAT)), LABELS)
-
-
-def test_what_the_labels_do_not_allow_is_an_error_when_it_is_only_compared():
-    z, q = jnp.eye(3), jnp.eye(3)
-    for fn, labels in (
-        (lambda s: jnp.where(s.rank == 0, s.entropy, 0), q),
-        (lambda s: s.log_prob is None, None),
-    ):
-        with pytest.raises(TypeError, match="`labels` must be given for `fn` to read"):
-            jaxent.softmax_loss(fn, z, labels)
-
-
-def test_statistics_may_be_replaced():
-    z, y = jnp.eye(3), jnp.arange(3)
-    fn = lambda s: dataclasses.replace(s, entropy=1.0).log_prob  # noqa: E731
-    assert jaxent.softmax_loss(fn, z, y) == jaxent.softmax_loss(lambda s: s.log_prob, z, y)

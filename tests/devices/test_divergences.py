@@ -227,3 +227,25 @@ def test_a_temperature_that_is_a_value(name, sources):
         return jax.shard_map(on_device, mesh=AUTO, in_specs=in_specs, out_specs=P())(layers, temperature)
 
     check(both(split), both(total))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_an_infinite_loss_of_weight_0(reduction):
+    """p = 0 < q in a row that weighs nothing; it has no gradient either."""
+    (hidden, kernel, *_), _, _ = arrays()
+    weights = np.float32(np.arange(N) % 3)
+    student = np.array(hidden @ kernel[::-1])
+    student[0, 2] = -np.inf
+
+    def f(student, hidden, kernel, weights, axis_name=None):
+        layer = jaxent.LinearLogits(hidden, kernel)
+        options = {"weights": weights, "reduction": reduction, "class_axis_name": axis_name}
+        return jaxent.softmax_kl_divergence(student, layer, **options)
+
+    run = lambda f: compiled(jax.value_and_grad(f, (0, 1, 2)))(student, hidden, kernel, weights)  # noqa: E731
+    specs = P(None, "classes"), P(), P(None, "classes"), P()
+    split = functools.partial(f, axis_name="classes")
+    found = run(jax.shard_map(split, mesh=AUTO, in_specs=specs, out_specs=P()))
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(run(f)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5)
+        assert np.isfinite(got).all()

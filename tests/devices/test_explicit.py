@@ -104,3 +104,43 @@ def test_what_is_split_otherwise(source, split, in_context):
     for x, slope, want in zip(inputs, slopes, expected()[1], strict=True):
         np.testing.assert_allclose(slope, want, rtol=1e-4, atol=1e-4)
         assert slope.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize("source", ["dense", "rows"])
+def test_what_is_on_no_mesh(source, in_context):
+    """Arrays of NumPy and traced numbers beside logits that are split; a function that is the same for all rows."""
+    hidden, kernel, label, q, options = arrays()
+    where, weights = options["where"], options["weights"]
+    keys, wide = (
+        jax.random.split(jax.random.key(0), N),
+        {"x": np.cos(np.arange(3.0 * N, dtype=np.float32)).reshape(N, 3)},
+    )
+
+    def fn(s, tree, key):
+        return tree["x"].sum() * s.log_prob + jax.random.uniform(key) * s.entropy, (s.rank == 0, jnp.ones(2))
+
+    def f(source, smoothing, hidden, kernel):
+        logits = jaxent.LinearLogits(hidden, kernel) if source != "dense" else hidden @ kernel
+        plain = jaxent.softmax_cross_entropy(
+            logits, label, label_smoothing=smoothing, z_loss=smoothing / 9, reduction="mean", **options
+        )
+        own, aux = jaxent.softmax_loss(fn, logits, label, wide, keys, where=where, has_aux=True)
+        focal = jaxent.softmax_focal_loss(logits, q, weights=weights, class_mask=options["class_mask"]).sum()
+        total = jaxent.total_weight(
+            label, where=where, weights=weights, class_weights=options["class_weights"]
+        )
+        same = 0.0
+        if in_context:  # outside of it such a program has nothing that is split
+            same = jaxent.softmax_loss(lambda s: 0.5, logits, label, where=where)
+        return plain + own + focal + total + same, aux
+
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"))
+    run = jax.value_and_grad(functools.partial(f, source), (0, 1, 2), has_aux=True)
+    want = jax.jit(jax.value_and_grad(functools.partial(f, "dense"), (0, 1, 2), has_aux=True))
+    want = want(np.float32(0.1), hidden, kernel)
+    put = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((hidden, P("rows")), (kernel, P()))]
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext(), harness.blocks(source):
+        got = jax.jit(run, compiler_options=harness.QUICK)(np.float32(0.1), *put)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
