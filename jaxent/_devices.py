@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,6 +38,30 @@ def spread(tree: Any) -> Spread:
         return Spread(jax.device_count(), 1)
     devices = max(map(_devices_of_jit, meshes))
     return Spread(devices, devices)
+
+
+def platform(tree: Any) -> str:
+    """What the program is for: the devices of the mesh that arrays have, or of the arrays, else what jax would take."""
+    for mesh in (
+        *(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)),
+        jax.sharding.get_abstract_mesh(),
+    ):
+        if not mesh.empty and mesh.abstract_device is not None:
+            return str(mesh.abstract_device.platform)
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return str(next(iter(x.devices())).platform)
+    return jax.default_backend()
+
+
+def row_major(x: Array) -> Array:
+    """`x` `[D, V]`, made in the layout that arrays have in memory: a TPU's compiler would transpose it at the end.
+
+    Arrays that have no whole number of lanes lie transposed themselves.
+    """
+    if platform(x) != "tpu" or x.shape[-1] % 128:
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _devices_of_jit(mesh: Any) -> int:

@@ -15,14 +15,18 @@ import numpy as np
 import cases
 import jaxent
 from jaxent._logits import class_blocks, sources
-from jaxent._logits.plan import Plan
+from jaxent._logits.plan import Plan, Sizes
 
 # What LLVM makes of a program is seldom the question, and takes a third of the time that compiling takes.
 QUICK = {"xla_backend_optimization_level": 0}
 # conftest.py compiles quickly; the same HLO as a user has; and the same program, what LLVM makes of it included
 HLO = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 FULL = HLO | {"xla_backend_optimization_level": 3, "xla_cpu_parallel_codegen_split_count": 32}
-LINEAR = ("rows", "classes")  # logits as a layer that is never built, in blocks of these; or "dense"
+LINEAR = (
+    "rows",
+    "pieces",
+    "classes",
+)  # logits as a layer that is never built, in blocks of these; or "dense"
 ARRAYS = ("where", "weights", "class_weights", "class_mask")
 # significant bits, exponent of the smallest normal number
 FORMATS = {"float64": (53, -1022), "float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
@@ -45,22 +49,29 @@ def weights_in(arrays: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {name: cast(x, wide) for name, x in arrays.items()}
 
 
+def nans(shape: tuple[int, ...], dtype: Any) -> Any:
+    """For `jax.lax.empty`, which on a CPU is zeros, elsewhere anything."""
+    return jnp.full(shape, jnp.nan, dtype)
+
+
 @contextlib.contextmanager
 def blocks(source: str) -> Iterator[None]:
     """Whatever is traced inside cuts layers into ragged blocks: most shapes leave a remainder, a few do not."""
 
-    def rows_of_a_block(rows: int, *_: Any, **__: Any) -> int:
-        return min(3, rows)
+    def by_rows(sizes: Sizes, *_: Any) -> Plan:
+        if source == "pieces":
+            return Plan(min(2, sizes.rows), sizes.classes, pieces=2)
+        return Plan(min(3, sizes.rows), sizes.classes)
 
-    def plan(rows: int, features: int, classes: int, *_: Any, **__: Any) -> Plan:
-        by_rows, by_classes = Plan(rows_of_a_block(rows), classes), Plan(rows, classes // 4 + 1)
-        return {"rows": by_rows, "classes": by_classes}[source]
+    def plan(sizes: Sizes, *_: Any) -> Plan:
+        return Plan(sizes.rows, sizes.classes // 4 + 1) if source == "classes" else by_rows(sizes)
 
     with contextlib.ExitStack() as stack:
         if source != "dense":
             stack.enter_context(mock.patch.object(sources, "plan", plan))
-            stack.enter_context(mock.patch.object(sources, "rows_of_a_block", rows_of_a_block))
+            stack.enter_context(mock.patch.object(sources, "plan_by_rows", by_rows))
             stack.enter_context(mock.patch.object(class_blocks, "ROWS", 2))  # where some do not count
+            stack.enter_context(mock.patch("jax.lax.empty", nans))
         yield
 
 

@@ -215,7 +215,9 @@ def test_ranks_of_equal_logits(width, monkeypatch):
     kernel = jnp.asarray(np.tile(columns, 4))  # each four times
     hidden = jnp.asarray(np.float32(rng.normal(size=(16, 64))))
     label = jnp.arange(16)
-    monkeypatch.setattr("jaxent._logits.sources.plan", lambda n, *_: jaxent._logits.plan.Plan(n, width))
+    monkeypatch.setattr(
+        "jaxent._logits.sources.plan", lambda sizes, *_: jaxent._logits.plan.Plan(sizes.rows, width)
+    )
     statistics = jax.jit(lambda logits: jaxent.softmax_statistics(logits, label))  # one for each width
     found = statistics(jaxent.LinearLogits(hidden, kernel))
     order = (np.float64(hidden) @ columns).argsort(-1)[:, ::-1]

@@ -231,8 +231,8 @@ def test_the_plan_that_is_made(rows, features, classes, by_rows):
     rng = np.random.default_rng(rows)
     hidden, kernel = (jnp.asarray(rng.normal(size=s), F32) for s in ((rows, features), (features, classes)))
     layer = jaxent.LinearLogits(hidden / 8, kernel, block_bytes=2**15)
-    size = sources.cut(layer, False).size
-    assert size is not None and size < rows if by_rows else size is None
+    best = sources.cut(layer, False).by_rows
+    assert best is not None and best.rows < rows if by_rows else best is None
     labels = jnp.asarray(rng.integers(classes, size=rows))
     f = compiled(jax.value_and_grad(functools.partial(jaxent.softmax_cross_entropy, reduction="mean")))
     whole = dataclasses.replace(layer, block_bytes=2**30)

@@ -1,6 +1,7 @@
 """What linear logits cost, exactly: operations of matmuls, memory, and that no array of N x V exists."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import jaxent
 from harness import HLO, QUICK
 from jaxent._logits import sources
-from jaxent._logits.plan import Plan, plan
+from jaxent._logits.plan import Plan, Sizes, plan
 from programs import avals, matmul_operations
 
 N, D, V = 600, 16, 1000
@@ -137,8 +138,8 @@ def test_blocks_in_which_no_row_counts_are_not_run(share, differentiated, force)
     f = jax.value_and_grad(f, (0, 1)) if differentiated else f
     jax.block_until_ready(jax.jit(f)(jnp.ones((N, D)), jnp.ones((D, V)), where))
     jax.effects_barrier()
-    size = sources.cut(jaxent.LinearLogits(HIDDEN, KERNEL), True).size
-    assert len(calls) == -(-int(where.sum()) // size)
+    size = sources.cut(jaxent.LinearLogits(HIDDEN, KERNEL), True).by_rows.rows
+    assert len(calls) == max(-(-int(where.sum()) // size), int(differentiated))
 
 
 def statistics(hidden, kernel, bias, label):
@@ -201,20 +202,42 @@ def test_temporaries_are_bounded(rows, name):
     assert temporaries < 0.15 * (2 * 4 * rows * classes) or rows == 32
 
 
-def test_the_plan():
-    assert plan(2048, 512, 32_000, 2**27) == Plan(512, 32_000)
-    assert plan(32, 64, 1_000_000, 2**27).classes < 1_000_000
-    assert plan(2048, 64, 65_536, 2**27) == Plan(256, 65_536)
-    assert plan(1024, 256, 128_000, 2**27) == Plan(1024, 8192)
-    assert plan(8192, 4096, 131_072, 2**27, 4, "gpu").classes < 131_072
-    for rows in (0, 1, 3, 17, 1000):
-        for classes in (1, 2, 129, 5003):
-            for block_bytes in (1, 1000, 10**9):
-                found = plan(rows, 8, classes, block_bytes)
-                assert 1 <= found.classes <= classes and (
-                    1 <= found.rows <= max(rows, 1) or found.rows == rows
-                )
-                assert found.rows == rows or found.classes == classes
+def test_the_plan_on_a_cpu():
+    assert plan(Sizes(2048, 512, 32_000)) == Plan(512, 32_000)
+    assert plan(Sizes(32, 64, 1_000_000)).classes < 1_000_000
+    assert plan(Sizes(2048, 64, 65_536)) == Plan(256, 65_536)
+    assert plan(Sizes(1024, 256, 128_000)) == Plan(1024, 8192)
+
+
+def test_the_plan_on_accelerators():
+    half = functools.partial(Sizes, itemsize=2, gradient=2)
+    on_tpu = functools.partial(plan, platform="tpu")
+    # one block: the kernel's gradient is written once
+    assert on_tpu(half(8192, 4096, 131_072)) == Plan(512, 131_072, 16)
+    assert on_tpu(half(16_384, 4096, 131_072)) == Plan(512, 131_072, 16)
+    assert plan(half(8192, 4096, 131_072), platform="gpu") == Plan(512, 131_072, 16)
+    assert on_tpu(half(8192, 2304, 256_000)) == Plan(512, 256_000, 16, fused=1)
+    assert on_tpu(half(32, 64, 1_000_000)) == Plan(32, 1_000_000, fused=2)
+    # few features: exponentials are made as a part of matmuls, on a TPU
+    assert on_tpu(half(16_384, 768, 50_257)) == Plan(4096, 50_257, fused=2)
+    assert plan(half(16_384, 768, 50_257), platform="gpu") == Plan(512, 50_257, 6)
+    # next to no memory
+    assert on_tpu(half(8192, 4096, 131_072), 2**28) == Plan(8192, 3584)
+    assert on_tpu(half(16_384, 768, 50_257), 2**28) == Plan(16_384, 2560)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+def test_any_plan_covers_the_rows_and_no_more(platform):
+    for rows, features in itertools.product((0, 1, 3, 17, 1000, 5000, 20_000), (8, 2000, 4000)):
+        for classes, block_bytes in itertools.product((1, 2, 129, 5003), (1, 1000, 10**9, None)):
+            found = plan(Sizes(rows, features, classes), block_bytes, platform)
+            if found.classes < classes:
+                assert found.classes >= 1 and found.rows == rows and found.pieces == 1
+                continue
+            block = found.rows * found.pieces
+            blocks = max(-(-rows // block), 1)
+            # pieces come in whole tiles where there are several
+            assert max(rows, 1) <= blocks * block < max(rows, 1) + blocks * (found.pieces * 128)
 
 
 @all_plans

@@ -75,7 +75,8 @@ ERRORS = {
     ),
     "block_bytes 0": (
         {"block_bytes": 0}, ValueError,
-        "`logits.block_bytes` must be a positive int, but is 0. Bytes come in whole numbers, e.g. `64 * 2**20`.",
+        "`logits.block_bytes` must be a positive int or None, but is 0. Bytes come in whole numbers, e.g. `64 * "
+        "2**20`; None leaves the choice to jaxent.",
     ),
     "axis 0": (
         {"axis": 0}, ValueError,

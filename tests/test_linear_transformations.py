@@ -19,12 +19,17 @@ from tables import thinned
 N, D, V = 8, 3, 7
 COMPILER = {"xla_backend_optimization_level": 0}  # programs that run once
 # blocks that do not divide what they are blocks of
-PLANS = {"rows": lambda n, *_: Plan(min(3, max(n, 1)), V), "classes": lambda n, *_: Plan(n, 3)}
+PLANS = {
+    "rows": lambda sizes, *_: Plan(min(3, max(sizes.rows, 1)), V),
+    "pieces": lambda sizes, *_: Plan(1, V, pieces=3),
+    "classes": lambda sizes, *_: Plan(sizes.rows, 3),
+}
 
 
 @pytest.fixture(params=PLANS)
 def plan(request, monkeypatch):
     monkeypatch.setattr(sources, "plan", PLANS[request.param])
+    monkeypatch.setattr("jax.lax.empty", harness.nans)
     return request.param
 
 

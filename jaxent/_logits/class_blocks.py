@@ -193,8 +193,15 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
         distribution = None
         if is_perturbed.distribution:
             distribution = of_counting_rows(distribution_gradient(built, part_whole, part_g))
-        layer = linear.gradient(is_perturbed.logits, part.logits, d_product, part.class_mask)
-        return Block(linear.replace(layer, d_options), distribution=distribution)
+        wanted, layer = is_perturbed.logits, part.logits
+        operand = lax.optimization_barrier(linear.operand(layer, d_product))  # made once for two matmuls
+        fields = d_options | {"bias": linear.bias_gradient(wanted, d_product)}
+        if wanted.hidden:
+            fields["hidden"] = linear.hidden_gradient(layer, operand, part.class_mask)
+        if wanted.kernel:
+            fields["kernel"] = linear.kernel_gradient(layer, operand)
+        layer = linear.replace(linear.without_arrays(layer), fields)
+        return Block(layer, distribution=distribution)
 
     def over_rows(start: Any, classes: int, total: _Total) -> _Total:
         """Adds to what rows and all classes have, and writes what the classes of a block have."""
@@ -222,7 +229,7 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
 
     moves = {"kernel": perturbed_layer.kernel, "bias": perturbed_layer.bias}, is_perturbed.distribution
     columns = {"kernel": layer.kernel, "bias": layer.bias}, block.distribution
-    columns = jax.tree.map(lambda is_it, x: jnp.zeros_like(x) if is_it else None, moves, columns)
+    columns = jax.tree.map(lambda is_it, x: lax.empty(x.shape, x.dtype) if is_it else None, moves, columns)
     init = _Total(rows, columns, of_all)
     found = _over_classes(static, inputs, over_rows, init)
     of_classes, distribution = found.classes
@@ -273,6 +280,7 @@ def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> B
 
     layer = block.logits
     kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
+    kernel = lax.optimization_barrier(kernel)  # as part of a matmul the slice makes it a slow one on a TPU
     distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
     per_row, label = _rows((linear.per_row_fields(layer), block.label), row, static.rows)
     layer = linear.replace(layer, per_row | {"kernel": kernel, "bias": bias})

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from .. import _contracts as contracts
 from .._contracts import Number, Range
+from .._devices import row_major
 from .._numerics import accumulation_dtype, as_dtype, over_rows
 from .._rows import keep
 
-BLOCK_BYTES = 128 * 2**20
 OPTIONS = ("temperature", "softcap")  # Python numbers or arrays
 ARRAYS = ("hidden", "kernel", "bias", *OPTIONS)
 REMEDY = "1 leaves the logits as they are; the limit at 0 is the argmax, which has no gradient."
@@ -42,7 +42,8 @@ class LinearLogits:
       precision: of the matmuls, as in `jnp.matmul`.
       block_bytes: about how much memory a block of logits and its gradient may take, beside the gradients of
         `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows. Of each device, where jax knows
-        over how many the arrays are split (docs/sharding.md).
+        over how many the arrays are split (docs/sharding.md). None: 128 MiB on a CPU; on accelerators in proportion to
+        the kernel, at most what two float32 moments of it take, as an optimizer has (docs/accelerators.md).
 
     Attributes:
       shape: `[..., V]`, that of the logits.
@@ -85,7 +86,7 @@ class LinearLogits:
     temperature: Number = 1.0
     softcap: Number | None = None
     precision: Any = None
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -144,10 +145,10 @@ def checked(function: str, logits: LinearLogits, argument: str = "logits") -> Li
     softcap = logits.softcap
     if softcap is not None:
         softcap = contracts.number(function, f"{argument}.softcap", softcap, SOFTCAP)
-    whole = isinstance(logits.block_bytes, int | np.integer) and logits.block_bytes > 0
-    remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`."
-    name = f"{argument}.block_bytes"
-    contracts.check_option(function, name, logits.block_bytes, whole, "a positive int", remedy)
+    size = logits.block_bytes
+    whole = size is None or (isinstance(size, int | np.integer) and size > 0)
+    remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`; None leaves the choice to jaxent."
+    contracts.check_option(function, f"{argument}.block_bytes", size, whole, "a positive int or None", remedy)
     hidden, kernel, bias = jax.tree.map(jnp.asarray, (hidden, kernel, bias))
     options = {"temperature": temperature, "softcap": softcap}
     return replace(logits, {"hidden": hidden, "kernel": kernel, "bias": bias} | options)
@@ -169,6 +170,11 @@ def replace(layer: LinearLogits, fields: dict[str, Any]) -> LinearLogits:
     return dataclasses.replace(layer, **fields)
 
 
+def without_arrays(layer: LinearLogits) -> LinearLogits:
+    """What is left of it: gradients by nothing."""
+    return replace(layer, dict.fromkeys(per_row_fields(layer) | shared_fields(layer)))
+
+
 def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogits:
     """Something harmless in place of what is hidden: it will be multiplied by a gradient of zero."""
     if counts is None:
@@ -179,7 +185,8 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
 
 def product(block: LinearLogits) -> Array:
     """hidden @ kernel, summed in the accumulation dtype."""
-    hidden, kernel = _of_one_dtype(block.hidden, block.kernel)
+    # a slice that is part of a matmul makes it a slow one on a TPU
+    hidden, kernel = lax.optimization_barrier(_of_one_dtype(block.hidden, block.kernel))
     return jnp.matmul(hidden, kernel, precision=block.precision, preferred_element_type=block.dtype)
 
 
@@ -198,35 +205,43 @@ def from_product(block: LinearLogits, z: Array, class_mask: Array | None = None)
     return z / (temperature[..., None] if temperature.ndim else temperature)
 
 
-def _operand(block: LinearLogits, dz: Array) -> Array:
-    """The product's gradient as an operand of the two matmuls that follow.
+def operand_dtype(layer: LinearLogits) -> jnp.dtype:
+    """Of the gradient of the logits where it meets hidden and kernel.
 
-    bfloat16 where the layer is: beside float32 they would be slow ones. Not float16, in which the gradient of a
+    bfloat16 where the layer is: beside float32 they would be slow matmuls. Not float16, in which the gradient of a
     mean over many rows is 0.
     """
-    half = block.hidden.dtype == block.kernel.dtype == jnp.bfloat16
-    return dz.astype(jnp.bfloat16) if half else dz
+    half = layer.hidden.dtype == layer.kernel.dtype == jnp.bfloat16
+    return jnp.dtype(jnp.bfloat16) if half else layer.dtype
 
 
-def gradient(
-    perturbed: LinearLogits, block: LinearLogits, d_product: Array, class_mask: Array | None = None
-) -> LinearLogits:
-    """Gradients of hidden, kernel and bias where they are perturbed, else None, in the accumulation dtype."""
-    dz = _operand(block, d_product)
-    n = string.ascii_uppercase[: dz.ndim - 1]  # axes of rows
-    hidden, kernel = block.hidden, block.kernel
+def operand(layer: LinearLogits, d_product: Array) -> Array:
+    """The product's gradient for the matmuls that follow."""
+    return d_product.astype(operand_dtype(layer))
+
+
+def bias_gradient(perturbed: LinearLogits, d_product: Array) -> Array | None:
+    return jnp.sum(d_product, tuple(range(d_product.ndim - 1))) if perturbed.bias else None
+
+
+def hidden_gradient(layer: LinearLogits, operand: Array, class_mask: Array | None = None) -> Array:
+    """In the accumulation dtype."""
+    kernel, n = layer.kernel, _axes_of_rows(operand)
     if class_mask is not None:
         # 0 * NaN: a column that some rows have in force has made these NaN already
         seen = class_mask[None] if class_mask.ndim == 1 else jnp.isfinite(kernel)
         kernel = jnp.where(seen, kernel, 0)
-    fields = dict.fromkeys(per_row_fields(block) | shared_fields(block))
-    if perturbed.hidden:
-        fields["hidden"] = _einsum(block, f"{n}v,dv->{n}d", dz, kernel)
-    if perturbed.kernel:
-        fields["kernel"] = _einsum(block, f"{n}d,{n}v->dv", hidden, dz)
-    if perturbed.bias:
-        fields["bias"] = jnp.sum(d_product, tuple(range(dz.ndim - 1)))
-    return replace(block, fields)
+    return _einsum(layer, f"{n}v,dv->{n}d", operand, kernel)
+
+
+def kernel_gradient(layer: LinearLogits, operand: Array) -> Array:
+    """In the accumulation dtype."""
+    n = _axes_of_rows(operand)
+    return row_major(_einsum(layer, f"{n}d,{n}v->dv", layer.hidden, operand))
+
+
+def _axes_of_rows(operand: Array) -> str:
+    return string.ascii_uppercase[: operand.ndim - 1]
 
 
 def perturbed_options(perturbed: LinearLogits, block: LinearLogits) -> dict[str, Array]:

@@ -62,17 +62,32 @@ class Inputs(NamedTuple):
 
 # fn(logits of each layer, counts, rows, shared) -> (results, results without derivative), pytrees of [R, ...]
 BlockFunction = Callable[[tuple[Array, ...], Array | None, Any, Any], tuple[Any, Any]]
-Static = tuple[BlockFunction, int]  # and how many rows a block has
 
 
-def map_rows(fn: BlockFunction, size: int, inputs: Inputs) -> tuple[Any, Any]:
+class Static(NamedTuple):
+    fn: BlockFunction
+    size: int  # how many rows of each group have logits at a time: a piece
+    pieces: int = 1  # of a block, of which the gradient of the logits exists
+    fused: int = 0  # up to so many matmuls that need it make it themselves
+
+    @property
+    def rows(self) -> int:
+        """Of each group in a block."""
+        return self.size * self.pieces
+
+
+ALONE = 4  # so many pieces are one where there is no gradient of a kernel
+STEPS = 4  # the matmuls of a block take so many quarters of it as hold rows that count
+
+
+def map_rows(static: Static, inputs: Inputs) -> tuple[Any, Any]:
     """`fn` of all rows: results `[N]`, 0 in rows that do not count."""
-    return reverse_mode_only(_mapped)((fn, size), varying_like(inputs, inputs))
+    return reverse_mode_only(_mapped)(static, varying_like(inputs, inputs))
 
 
-def sum_rows(fn: BlockFunction, size: int, inputs: Inputs, weights: Array) -> tuple[Array, Any]:
+def sum_rows(static: Static, inputs: Inputs, weights: Array) -> tuple[Array, Any]:
     """sum_n weights_n fn(...)_n, with `weights` `[N]` and one result `[N]`; and the results without derivative."""
-    return _summed((fn, size), *varying_like((inputs, weights), (inputs, weights)))
+    return _summed(static, *varying_like((inputs, weights), (inputs, weights)))
 
 
 # Results per row: the cotangents come later, so the backward computes the logits once more.
@@ -87,7 +102,7 @@ def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | N
     inputs, perturbed = residuals
     if all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(g[0])):
         return (None,)  # nothing depends on these results
-    _, gradients = _differentiate((*static, perturbed, False), inputs, instantiate(g[0]))
+    _, gradients = _differentiate((static, perturbed, False), inputs, instantiate(g[0]))
     return (_cast(gradients, inputs),)
 
 
@@ -107,7 +122,7 @@ def _summed_primal(static: Static, inputs: Inputs, weights: Array) -> tuple[Arra
 def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[tuple[Array, Any], Any]:
     inputs, perturbed = values_and_perturbed(inputs)
     every, weights = weights.perturbed, weights.value
-    (losses, aux), gradients = _differentiate((*static, perturbed, every), inputs, weights)
+    (losses, aux), gradients = _differentiate((static, perturbed, every), inputs, weights)
     losses = limit(weights, losses)
     residuals = _cast(gradients, inputs, _stored), losses, _dtypes((inputs, weights))
     return (jnp.sum(weights * losses), aux), residuals
@@ -124,94 +139,184 @@ _summed_rule.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 _summed = with_forward_mode(_summed_rule)
 
 
-# The loop over blocks.
+# The loops over pieces, and over blocks of them.
 
 
 @stopping_early
 def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
-    fn, size = static
-    blocks = _Blocks(inputs, size, stop)
+    pieces = _Pieces(inputs, static, stop)
 
     def results(i: Any) -> Any:
-        block = blocks.take(i)
-        logits = tuple(linear.from_product(layer, linear.product(layer)) for layer in block.layers)
-        return blocks.keep(fn(logits, block.counts, block.rows, block.shared), i)
+        piece = pieces.take(i)
+        logits = tuple(linear.from_product(layer, linear.product(layer)) for layer in piece.layers)
+        return pieces.keep(static.fn(logits, piece.counts, piece.rows, piece.shared), i)
 
     def body(i: Any, found: Any) -> Any:
-        return blocks.put(found, i, results(i))
+        return pieces.put(found, i, results(i))
 
-    return blocks.loop(body, blocks.zeros(jax.eval_shape(results, 0)))
+    init = pieces.zeros(jax.eval_shape(results, 0))
+    return lax.fori_loop(0, pieces.needed, body, varying_like(inputs, init))
 
 
 @stopping_early
 def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, Inputs]:
-    """The results, and the gradients of sum(g * real results), summed in the accumulation dtype."""
-    fn, size, perturbed, every = how  # every: also rows of weight 0
-    blocks = _Blocks(inputs, size, stop and not every)
-    is_perturbed: Inputs = perturbed.tree(inputs)
+    """The results, and the gradients of sum(g * real results), summed in the accumulation dtype.
 
-    def step(i: Any) -> tuple[Any, Inputs]:
-        block = blocks.take(i)
+    Each piece of a block leaves the gradient of its logits as an operand of the two matmuls, which take the block
+    whole: gradients of kernels are read and written as often as there are blocks, or written once where there is one.
+    """
+    static, perturbed, every = how  # every: also rows of weight 0
+    is_perturbed: Inputs = perturbed.tree(inputs)
+    matmuls_of = [bool(layer.hidden) + bool(layer.kernel) for layer in is_perturbed.layers]
+    fused = max(matmuls_of, default=0) <= static.fused
+    if static.pieces > 1 and not any(layer.kernel for layer in is_perturbed.layers):
+        # nothing is summed over rows
+        static = static._replace(size=min(ALONE, static.pieces) * static.size, pieces=1)
+    pieces = _Pieces(inputs, static, stop and not every)
+
+    def of_piece(i: Any) -> tuple[Any, Inputs, list[list[Array]]]:
+        """(results, gradients of all but hidden and kernels, operands of the matmuls that make these).
+
+        An operand for each layer, in two lists where the two matmuls are to have one each.
+        """
+        piece = pieces.take(i)
 
         def of_perturbed(products: Any, options: Any, rows: Any, shared: Any) -> Any:
-            layers = map(replace, block.layers, options)
-            of_layer = functools.partial(linear.from_product, class_mask=block.class_mask)
+            layers = map(replace, piece.layers, options)
+            of_layer = functools.partial(linear.from_product, class_mask=piece.class_mask)
             logits = tuple(map(of_layer, layers, products))
-            rows = _merge(is_perturbed.rows, rows, block.rows)
-            shared = _merge(is_perturbed.shared, shared, block.shared)
-            return fn(logits, block.counts, rows, shared)
+            rows = _merge(is_perturbed.rows, rows, piece.rows)
+            shared = _merge(is_perturbed.shared, shared, piece.shared)
+            return static.fn(logits, piece.counts, rows, shared)
 
-        rows, shared = _only(is_perturbed.rows, block.rows), _only(is_perturbed.shared, block.shared)
-        products = tuple(map(linear.product, block.layers))
-        options = tuple(map(linear.perturbed_options, is_perturbed.layers, block.layers))
+        rows, shared = _only(is_perturbed.rows, piece.rows), _only(is_perturbed.shared, piece.shared)
+        products = tuple(map(linear.product, piece.layers))
+        options = tuple(map(linear.perturbed_options, is_perturbed.layers, piece.layers))
         real, vjp, integers = jax.vjp(of_perturbed, products, options, rows, shared, has_aux=True)
-        cotangent = blocks.keep(blocks.rows_of(g, i), i)
+        cotangent = pieces.keep(pieces.rows_of(g, i), i)
         cotangent = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangent, real)
         d_products, d_options, d_rows, d_shared = vjp(cotangent)
 
-        of_layer = functools.partial(_layer_gradient, block.class_mask)
-        d_layers = tuple(map(of_layer, is_perturbed.layers, block.layers, d_products))
-        d_layers = tuple(map(replace, d_layers, d_options))
-        results = blocks.keep((real, integers), i)
-        return results, Inputs(d_layers, None, d_rows, d_shared)
+        operands = [list(map(linear.operand, piece.layers, d_products))]
+        if fused and static.pieces == 1:
+            # XLA, which does not know that it is the same, makes each as a part of its matmul
+            again = vjp(lax.optimization_barrier(cotangent))[0]
+            operands.append(list(map(linear.operand, piece.layers, again)))
+        biases = map(linear.bias_gradient, is_perturbed.layers, d_products)
+        fields = ({"bias": bias} | options for bias, options in zip(biases, d_options, strict=True))
+        layers = tuple(map(replace, map(linear.without_arrays, piece.layers), fields))
+        return pieces.keep((real, integers), i), Inputs(layers, None, d_rows, d_shared), operands
 
-    def body(i: Any, carry: Any) -> Any:
-        found, total = carry
-        results, gradients = step(i)
-        return blocks.put(found, i, results), blocks.add(total, i, gradients)
+    def matmuls(block: Any, operands: list[list[Array]], number: int) -> tuple[Any, Any]:
+        """Gradients of hidden and of kernels, by the first so many pieces of a block."""
+        rows, length = pieces.take(block * static.pieces, number), number * static.size
+        hiddens, kernels = [], []
+        layers = zip(is_perturbed.layers, rows.layers, operands[0], operands[-1], strict=True)
+        for wanted, layer, for_hidden, for_kernel in layers:
+            hidden = kernel = None
+            if wanted.hidden:
+                hidden = linear.hidden_gradient(layer, for_hidden[:length], inputs.class_mask)
+                hidden = hidden.astype(_stored(layer.hidden.dtype))
+                hidden = jnp.pad(hidden, [(0, static.rows - length)] + [(0, 0)] * (hidden.ndim - 1))
+            if wanted.kernel:
+                kernel = linear.kernel_gradient(layer, for_kernel[:length])
+                kernel = kernel.astype(_stored(layer.kernel.dtype)) if pieces.one_block else kernel
+            hiddens.append(hidden)
+            kernels.append(kernel)
+        return hiddens, kernels
 
-    results, gradients = jax.eval_shape(step, 0)
-    return blocks.loop(body, (blocks.zeros(results), blocks.zero_gradients(gradients)))
+    def of_block(block: Any, carry: Any) -> Any:
+        *sums, hiddens, kernels = carry
+        first, number = block * static.pieces, pieces.needed_of(block)
+
+        def add(i: Any, carry: Any) -> Any:
+            found, total, operands = carry
+            results, gradients, more = of_piece(first + i)
+            found, total = pieces.put(found, first + i, results), pieces.add(total, first + i, gradients)
+            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i * static.size, axis=0)
+            return found, total, more if static.pieces == 1 else jax.tree.map(put, operands, more)
+
+        operands = jax.tree.map(lambda x: lax.empty((static.rows, *x.shape[1:]), x.dtype), shapes[2])
+        init = varying_like(inputs, (*sums, operands))
+        if static.pieces > 1:
+            *sums, operands = lax.fori_loop(0, number, add, init)
+        else:
+            *sums, operands = add(0, init)
+            operands = operands if fused else lax.optimization_barrier(operands)
+        if isinstance(number, int):
+            more, more_kernels = matmuls(block, operands, number)
+        else:
+            step = pieces.steps[0]
+            branches = [functools.partial(matmuls, block, number=n) for n in pieces.steps]
+            more, more_kernels = lax.switch((number + (step - 1)) // step - 1, branches, operands)
+        if not pieces.one_block:
+            # what comes first takes the place of what is there, which is anything
+            add_up = lambda x, y: jnp.where(block == 0, y, x + y)  # noqa: E731
+            more_kernels = jax.tree.map(add_up, kernels, more_kernels)
+        return *sums, pieces.put(hiddens, first, more), more_kernels
+
+    shapes = jax.eval_shape(of_piece, 0)
+    pairs = list(zip(is_perturbed.layers, inputs.layers, strict=True))
+    hiddens = [jnp.zeros_like(y.hidden, _stored(y.hidden.dtype)) if x.hidden else None for x, y in pairs]
+    kernels = [lax.empty(y.kernel.shape, y.dtype) if x.kernel else None for x, y in pairs]
+    init = pieces.zeros(shapes[0]), pieces.zero_gradients(shapes[1]), hiddens, kernels
+    if pieces.one_block:
+        carry = of_block(0, init)
+    else:
+        carry = lax.fori_loop(0, pieces.blocks_needed, of_block, varying_like(inputs, init))
+    results, gradients, hiddens, kernels = carry
+    fields = [{"hidden": x, "kernel": y} for x, y in zip(hiddens, kernels, strict=True)]
+    return results, gradients._replace(layers=tuple(map(replace, gradients.layers, fields)))
 
 
-def _layer_gradient(
-    class_mask: Array | None, perturbed: LinearLogits, block: LinearLogits, d_product: Array
-) -> LinearLogits:
-    found = linear.gradient(perturbed, block, d_product, class_mask)
-    hidden = found.hidden
-    return replace(found, {"hidden": None if hidden is None else hidden.astype(_stored(block.hidden.dtype))})
-
-
-class _Blocks:
+class _Pieces:
     """N rows, `size` of each group at a time: those that count first, in their order."""
 
-    def __init__(self, inputs: Inputs, size: int, stop: bool):
+    def __init__(self, inputs: Inputs, static: Static, stop: bool):
         rows, *groups, _ = inputs.layers[0].hidden.shape
-        self.inputs, self.size = inputs, size
-        self.number: Any = -(-rows // size)
+        self.inputs, self.static = inputs, static
+        number = -(-rows // static.size)
+        self.blocks = -(-number // static.pieces)
+        self.one_block = bool(self.blocks == 1)  # not where a program is exported for any number of rows
+        self.needed: Any = number
         self.order = None
         needed = inputs.counts if inputs.needed is None else inputs.needed
-        if needed is not None or rows % size:
+        length = self.blocks * static.rows
+        if needed is not None or length != rows:
             # row numbers from N on fill the last block: copies of some row that are kept out of all results
-            self.order = order_of_rows(needed, self.number * size, (rows, *groups))
+            self.order = order_of_rows(needed, length, (rows, *groups))
         if needed is not None and stop:
-            self.number = blocks_that_count(needed, size)
+            self.needed = blocks_that_count(needed, static.size)
 
-    def take(self, i: Any) -> Inputs:
+    @property
+    def blocks_needed(self) -> Any:
+        """At least one, for there is nothing else that writes the gradients of kernels."""
+        if not isinstance(self.needed, Array):
+            return self.blocks
+        return jnp.maximum((self.needed + (self.static.pieces - 1)) // self.static.pieces, 1)
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of pieces that a block may be cut to where some of its rows do not count."""
+        pieces = self.static.pieces
+        step = -(-pieces // STEPS)
+        return [min(n, pieces) for n in range(step, pieces + step, step)]
+
+    def needed_of(self, block: Any) -> Any:
+        """How many pieces of a block are needed, one of `steps`."""
+        pieces = self.static.pieces
+        if not isinstance(self.needed, Array) or pieces == 1:
+            return pieces
+        step = self.steps[0]
+        needed = jnp.clip(self.needed - block * pieces, 1, pieces)
+        return jnp.minimum((needed + (step - 1)) // step * step, pieces)
+
+    def take(self, i: Any, number: int = 1) -> Inputs:
+        """So many pieces from the i-th on."""
         per_row, shared = self.inputs.parts()
-        block = self.inputs.of_parts(self.rows_of(per_row, i), shared)
-        layers = (linear.without_hidden_rows(layer, block.counts) for layer in block.layers)
-        return block._replace(layers=tuple(layers))
+        piece = self.inputs.of_parts(self.rows_of(per_row, i, number), shared)
+        layers = (linear.without_hidden_rows(layer, piece.counts) for layer in piece.layers)
+        return piece._replace(layers=tuple(layers))
 
     def keep(self, results: Any, i: Any) -> Any:
         """0 in rows that do not count, or only fill the block."""
@@ -222,36 +327,37 @@ class _Blocks:
             counts &= self.rows_of(self.inputs.counts, i)
         return jax.tree.map(lambda x: keep(counts, x), results)
 
-    def rows_of(self, tree: Any, i: Any) -> Any:
-        if self.order is None:
-            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * self.size, self.size), tree)
-        return take_rows(self._index(i), tree)
+    def rows_of(self, tree: Any, i: Any, number: int = 1) -> Any:
+        if self.order is not None:
+            return take_rows(self._index(i, number), tree)
+        start, size = i * self.static.size, number * self.static.size
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
 
-    def put(self, total: Any, i: Any, block: Any) -> Any:
-        if self.order is None:
-            start = i * self.size
-            return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), total, block)
-        return put_rows(self._index(i), total, block)
+    def put(self, total: Any, i: Any, rows: Any) -> Any:
+        """`total` with these rows, those of the i-th piece and maybe more."""
+        sizes = {x.shape[0] for x in jax.tree.leaves(rows)}
+        if self.order is None or not sizes:
+            start = i * self.static.size
+            return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), total, rows)
+        return put_rows(self._index(i, sizes.pop() // self.static.size), total, rows)
 
-    def add(self, total: Inputs, i: Any, block: Inputs) -> Inputs:
-        (rows, shared), (more_rows, more) = total.parts(), block.parts()
+    def add(self, total: Inputs, i: Any, piece: Inputs) -> Inputs:
+        (rows, shared), (more_rows, more) = total.parts(), piece.parts()
         shared = jax.tree.map(lambda x, y: x + y.astype(x.dtype), shared, more)
         return total.of_parts(self.put(rows, i, more_rows), shared)
 
-    def zeros(self, of_block: Any) -> Any:
+    def zeros(self, of_piece: Any) -> Any:
         rows = self.inputs.layers[0].hidden.shape[0]
-        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), of_block)
+        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), of_piece)
 
-    def zero_gradients(self, of_block: Inputs) -> Inputs:
-        rows, shared = of_block.parts()
+    def zero_gradients(self, of_piece: Inputs) -> Inputs:
+        rows, shared = of_piece.parts()
         shared = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), shared)
-        return of_block.of_parts(self.zeros(rows), shared)
+        return of_piece.of_parts(self.zeros(rows), shared)
 
-    def loop(self, body: Callable[[Any, Any], Any], init: Any) -> Any:
-        return lax.fori_loop(0, self.number, body, varying_like(self.inputs, init))
-
-    def _index(self, i: Any) -> Array:
-        return lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+    def _index(self, i: Any, number: int = 1) -> Array:
+        size = self.static.size
+        return lax.dynamic_slice_in_dim(self.order, i * size, number * size)
 
 
 # Rows in an order of their own in each group, so that none leaves the device that has its group.

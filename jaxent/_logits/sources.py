@@ -7,21 +7,20 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .._derivatives import varying_axes
-from .._devices import is_known, spread
+from .._devices import Spread, is_known, platform, spread
 from .._row_function import Arguments, RowFunction, hoist
 from .._rows import AxisName, Rows, both, keep
 from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
 from . import dense, row_blocks, sharded
 from .explicit import on_each_device, split_of
 from .layout import ClassLayout, RowLayout
-from .linear import LinearLogits, per_row_fields, replace
-from .plan import classes_of_a_block, plan, rows_of_a_block
-from .row_blocks import BlockFunction, Inputs
+from .linear import LinearLogits, operand_dtype, per_row_fields, replace
+from .plan import Plan, Sizes, plan, plan_by_classes, plan_by_rows
+from .row_blocks import BlockFunction, Inputs, Static
 
 ROWS = 128  # at least so many are taken at a time where some do not count
 ROWS_UNKNOWN = 1024  # what a plan takes for the number that a program is to be exported for
@@ -76,8 +75,8 @@ def statistics(
 def _statistics_of_layer(
     names: tuple[str, ...], block: Block, counts: Array | None, class_axis_name: AxisName
 ) -> SoftmaxStatistics:
-    rows, classes, size = cut(block.logits, counts is not None, class_axis_name is not None)
-    if size is None:
+    rows, classes, best = cut(block.logits, counts is not None, class_axis_name is not None)
+    if best is None:
         block, counts = _grouped(rows, block), rows.grouped(counts)
         return rows.ungrouped(sharded.statistics(names, block, counts, class_axis_name, classes))
 
@@ -87,7 +86,7 @@ def _statistics_of_layer(
         return real, {name: found[name] for name in names if name in INTEGER_STATISTICS}
 
     inputs = Inputs((block.logits,), counts, *_rest_of(block), block.class_mask)
-    real, integers = _by_rows(of_block, rows, size, inputs)
+    real, integers = _by_rows(of_block, rows, best, inputs)
     return SoftmaxStatistics(**real, **integers)
 
 
@@ -95,11 +94,11 @@ def _weighted_sum(
     f: RowFunction, block: Block, counts: Array | None, scale: Array, arguments: Arguments
 ) -> tuple[Array, Any]:
     """(sum_n scale_n f_n of linear logits with all classes in one place, aux per row)."""
-    rows, _, size = cut(block.logits, counts is not None)
+    rows, _, best = cut(block.logits, counts is not None)
     hoisted, closed_over = hoist(f, block, (counts, scale), arguments)
     axes = varying_axes((block, counts, scale, arguments))
     # in a shard_map the trace says of each array over which axes it varies
-    if size is None or any(varying_axes(x) != axes for x in closed_over):
+    if best is None or any(varying_axes(x) != axes for x in closed_over):
         losses, aux = f.of_rows((), statistics(f.names, block, counts), counts, arguments, scale.shape)
         return jnp.sum(scale * keep(counts, losses)), aux
 
@@ -113,7 +112,7 @@ def _weighted_sum(
     needed = both(counts, ~arguments.weightless) if skips else counts
     parts = (per_row, arguments), (shared, closed_over)
     inputs = Inputs((block.logits,), counts, *parts, block.class_mask, needed)
-    return _by_rows(of_block, rows, size, inputs, scale)
+    return _by_rows(of_block, rows, best, inputs, scale)
 
 
 def by_blocks_of_rows(
@@ -126,14 +125,16 @@ def by_blocks_of_rows(
     layers = inputs.layers
     devices = spread((layers, inputs.rows))
     rows = RowLayout.of(layers[0].shape[:-1], devices)
-    block_bytes = devices.known * min(layer.block_bytes for layer in layers)
-    itemsize = max(layer.dtype.itemsize for layer in layers)
-    number = rows.number if is_known(rows.number) else ROWS_UNKNOWN
-    width = math.prod(rows.groups) * layers[0].shape[-1]
-    size = rows_of_a_block(number, width, block_bytes, itemsize, arrays)
+    given = [layer.block_bytes for layer in layers if layer.block_bytes is not None]
+    sizes = [_sizes(layer, math.prod(rows.shape), devices) for layer in layers]
+    gradient = sum(size.gradient for size in sizes)
+    logits = max(arrays * max(layer.dtype.itemsize for layer in layers) - gradient, 1)
+    features = sum(size.features for size in sizes)
+    together = sizes[0]._replace(features=features, logits=logits, gradient=gradient)
+    best = plan_by_rows(together, min(given, default=None), platform(layers))
     if weights is not None and inputs.counts is not None:
         inputs = inputs._replace(needed=inputs.counts & (weights != 0))
-    return _by_rows(fn, rows, size, inputs, weights)
+    return _by_rows(fn, rows, _in_groups(best, rows, devices), inputs, weights)
 
 
 class Cut(NamedTuple):
@@ -141,37 +142,56 @@ class Cut(NamedTuple):
 
     rows: RowLayout
     classes: ClassLayout
-    size: int | None  # how many rows of each group a block has; None where blocks of classes are better
+    by_rows: Plan | None  # rows of each group; None where blocks of classes are better
 
 
 def cut(logits: LinearLogits, masked: bool, by_classes: bool = False) -> Cut:
     """The plan for one device, of those that surely share the work; each has its part of every block.
 
-    Masked rows are left out by whole blocks, so with a mask there should be some.
+    Masked rows are left out by whole blocks, or pieces of one, so with a mask there should be some.
     """
-    *shape, features = logits.hidden.shape
-    devices, classes, itemsize = spread(logits), logits.shape[-1], logits.dtype.itemsize
-    rows = RowLayout.of(tuple(shape), devices)
+    shape, classes = logits.hidden.shape[:-1], logits.shape[-1]
+    devices, machine = spread(logits), platform(logits)
+    rows = RowLayout.of(shape, devices)
     if by_classes or not is_known(rows.number):
         number = math.prod(shape) if is_known(rows.number) else ROWS_UNKNOWN
-        width = classes_of_a_block(number, features, classes, logits.block_bytes, itemsize)
+        width = plan_by_classes(_sizes(logits, number, Spread(1, 1)), logits.block_bytes, machine)
         return Cut(rows, ClassLayout.of(classes, width, devices), None)
-    share = -(-math.prod(shape) // devices.known)
-    best = plan(share, features, classes, logits.block_bytes, itemsize, jax.default_backend())
+    sizes = _sizes(logits, math.prod(shape), devices)
+    best = plan(sizes, logits.block_bytes, machine)
     layout = ClassLayout.of(classes, best.classes, devices)
     if best.classes < classes:
         return Cut(rows, layout, None)
-    size = min(best.rows, max(-(-share // 8), ROWS)) if masked else best.rows
-    return Cut(rows, layout, max(size * devices.known // math.prod(rows.groups), 1))
+    if masked:
+        piece = min(best.rows, max(-(-sizes.rows // 8), ROWS))
+        best = best._replace(
+            rows=piece, pieces=-(-best.rows * best.pieces // piece) if best.pieces > 1 else 1
+        )
+    return Cut(rows, layout, _in_groups(best, rows, devices))
+
+
+def _sizes(layer: LinearLogits, rows: Any, devices: Spread) -> Sizes:
+    """On one device. A CPU widens half precision."""
+    rows = -(-rows // devices.known) if is_known(rows) else ROWS_UNKNOWN
+    features, classes = layer.kernel.shape
+    logits = layer.dtype.itemsize
+    if platform(layer) == "cpu":
+        return Sizes(rows, features, classes, logits, logits, logits)
+    return Sizes(rows, features, classes, layer.hidden.dtype.itemsize, logits, operand_dtype(layer).itemsize)
+
+
+def _in_groups(best: Plan, rows: RowLayout, devices: Spread) -> Plan:
+    """How many rows of each group a piece has."""
+    return best._replace(rows=max(best.rows * devices.known // math.prod(rows.groups), 1))
 
 
 def _by_rows(
-    fn: BlockFunction, layout: RowLayout, size: int, inputs: Inputs, weights: Array | None = None
+    fn: BlockFunction, layout: RowLayout, best: Plan, inputs: Inputs, weights: Array | None = None
 ) -> Any:
-    inputs = inputs.grouped(layout)
+    inputs, static = inputs.grouped(layout), Static(fn, best.rows, best.pieces, best.fused)
     if weights is None:
-        return layout.ungrouped(row_blocks.map_rows(fn, size, inputs))
-    total, aux = row_blocks.sum_rows(fn, size, inputs, layout.grouped(weights))
+        return layout.ungrouped(row_blocks.map_rows(static, inputs))
+    total, aux = row_blocks.sum_rows(static, inputs, layout.grouped(weights))
     return total, layout.ungrouped(aux)
 
 

@@ -31,7 +31,7 @@ SPLITS = {
     "batch and sequence": ((4, 16), ("rows", "classes"), None),
 }
 # four rows, or 40 classes, of a device at a time: both leave a remainder
-PLANS = {"rows": lambda *_: Plan(4, V), "classes": lambda n, *_: Plan(n, 40)}
+PLANS = {"rows": lambda *_: Plan(4, V), "classes": lambda sizes, *_: Plan(sizes.rows, 40)}
 SOURCES = ("dense", *PLANS)
 
 

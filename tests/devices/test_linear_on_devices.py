@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import harness
 import jaxent
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan
@@ -17,12 +18,17 @@ from tables import thinned
 
 N, D, V = 40, 6, 90  # five rows on each device
 REDUCTIONS = ("sum", "none")
-PLANS = {"rows": lambda n, *_: Plan(min(3, n), V), "classes": lambda n, *_: Plan(n, 40)}
+PLANS = {
+    "rows": lambda sizes, *_: Plan(min(3, sizes.rows), V),
+    "pieces": lambda sizes, *_: Plan(1, V, pieces=3),
+    "classes": lambda sizes, *_: Plan(sizes.rows, 40),
+}
 
 
 @pytest.fixture
 def plan(request, monkeypatch):
     monkeypatch.setattr(sources, "plan", PLANS[request.param])
+    monkeypatch.setattr("jax.lax.empty", harness.nans)
 
 
 @functools.cache

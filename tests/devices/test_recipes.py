@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import harness
 import jaxent
-from jaxent._logits.plan import Plan, plan
 from programs import collectives, matmul_operations
 from tables import thinned
 
@@ -318,12 +317,6 @@ def test_matmuls_of_classes_that_are_split():
     f = functools.partial(compiled, rows=P("rows"), kernel=P(None, "classes"))
     assert matmul_operations(f(mesh())) == 3 * one
     assert 3.9 * one < matmul_operations(f(mesh("explicit"))) <= 4 * one
-
-
-def test_blocks_at_the_scale_of_a_language_model():
-    sizes = (4096, 4096, 131_072, jaxent.LinearLogits(jnp.zeros(1), jnp.zeros((1, 1))).block_bytes, 2)
-    assert plan(*sizes, platform="cpu") == Plan(4096 // 16, 131_072)
-    assert plan(*sizes, platform="gpu") == Plan(4096, 131_072 // 32)
 
 
 def test_block_bytes_of_an_auto_mesh():
