@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from common import readable_bytes, readable_seconds, surroundings, table
 
 import jaxent
+from common import readable_bytes, readable_seconds, surroundings, table
 
 try:
     import torch

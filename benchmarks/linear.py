@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+
+import jaxent
 from common import cores, readable_bytes, readable_seconds, surroundings, table
 from linear_contestants import (
     BASE,
@@ -39,8 +41,6 @@ from linear_contestants import (
     torch,
     torch_device,
 )
-
-import jaxent
 
 SHAPES = [(2048, 512, 32_000), (1024, 256, 128_000), (32, 64, 1_000_000)]
 GPU_SHAPES = [(8192, 4096, 131_072), (8192, 2304, 256_000)]

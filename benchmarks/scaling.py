@@ -15,15 +15,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from common import readable_bytes, surroundings, table
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from jaxent._logits.plan import classes_of_a_block, plan
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # one reader of compiled programs is enough
-from programs import collectives, matmul_operations
+from common import readable_bytes, surroundings, table
+from compiled import collectives, matmul_operations
+from jaxent._logits.plan import Sizes, plan, plan_by_classes
 
 # Not 2**24: jax 0.12 dies compiling an all-reduce of 2**36 bfloat16 numbers for CPUs.
 CLASSES = [2**17, 2**20, 2**24 - 2**13]
@@ -180,14 +178,16 @@ def model(head: Head, machine: Machine) -> Modelled:
     """
     hidden = head.rows * head.features
     kernel = head.features * head.classes_here
-    sizes = head.rows, head.features, head.classes_here, head.block_bytes
-    best = plan(*sizes, platform="gpu")
+    sizes = Sizes(head.rows, head.features, head.classes_here, ITEMSIZE, 4, ITEMSIZE)
+    best = plan(sizes, head.block_bytes, "gpu")
     if head.vocab == 1 and best.classes == head.classes:
-        matmuls, blocks = 3, -(-head.rows // best.rows)
-        # a block reads the kernel twice, reads and writes its float32 gradient
-        traffic = blocks * (2 * ITEMSIZE + 2 * 4) * kernel
+        matmuls, pieces = 3, -(-head.rows // best.rows)
+        blocks = -(-pieces // best.pieces)
+        # a piece reads the kernel; a block does, reads and writes its float32 gradient, which a single one writes
+        gradient = ITEMSIZE if blocks == 1 else 2 * 4 * blocks
+        traffic = (ITEMSIZE * (pieces + blocks) + gradient) * kernel
     else:
-        matmuls, blocks = 4, -(-head.classes_here // classes_of_a_block(*sizes))
+        matmuls, blocks = 4, -(-head.classes_here // plan_by_classes(sizes, head.block_bytes, "gpu"))
         # a block reads hidden three times, reads and writes its float32 gradient; the kernel: 3 reads, 1 gradient
         traffic = blocks * (3 * ITEMSIZE + 2 * 4) * hidden + 4 * ITEMSIZE * kernel
     # devices next to each other are one group of the vocab axis

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from programs import collectives, matmul_operations
+from compiled import collectives, matmul_operations
 from test_readme import PAGES, PATTERN
 
 BLOCKS = [code for code, _ in PATTERN.findall(PAGES["accumulation.md"])]
@@ -41,7 +41,8 @@ def test_figures_take_no_matmul(as_users_run):
 
 
 def test_on_eight_devices():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    paths = [str(Path(__file__).parents[1] / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240
     )

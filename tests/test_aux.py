@@ -11,8 +11,8 @@ from jax import lax
 
 import harness
 import jaxent
+from compiled import matmul_operations
 from layers import ADVANTAGE, F32, FLAT, SEQUENCES, WIDE, assert_same, compiled, layer_of
-from programs import matmul_operations
 from tables import spread, thinned
 
 SOURCES = ("dense", *harness.LINEAR)

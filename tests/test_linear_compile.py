@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import jaxent
+from compiled import matmul_operations
 from harness import HLO, QUICK
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan, Sizes, plan
-from programs import avals, matmul_operations
+from programs import avals
 
 N, D, V = 600, 16, 1000
 MATMUL = 2 * N * D * V

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from .. import _contracts as contracts
 from .._contracts import Number, Range
@@ -185,8 +185,7 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
 
 def product(block: LinearLogits) -> Array:
     """hidden @ kernel, summed in the accumulation dtype."""
-    # a slice that is part of a matmul makes it a slow one on a TPU
-    hidden, kernel = lax.optimization_barrier(_of_one_dtype(block.hidden, block.kernel))
+    hidden, kernel = _of_one_dtype(block.hidden, block.kernel)
     return jnp.matmul(hidden, kernel, precision=block.precision, preferred_element_type=block.dtype)
 
 

@@ -69,8 +69,8 @@ def plan(sizes: Sizes, block_bytes: int | None = None, platform: str = "cpu") ->
     cost_by_rows = 3 * matmul + per_byte * (kernel * (itemsize * (pieces + blocks) + sums) + more)
 
     blocks = -(-classes // by_classes.classes)
-    # a slice of the kernel is a copy of it
-    accesses = 5 * itemsize * kernel + (3 * itemsize + 2 * logits) * hidden * blocks
+    copies = 0 if platform == "cpu" else 2  # of slices of the kernel
+    accesses = (3 + copies) * itemsize * kernel + (3 * itemsize + 2 * logits) * hidden * blocks
     cost_by_classes = 4 * matmul + per_byte * accesses
     return by_rows if cost_by_rows <= cost_by_classes else by_classes
 

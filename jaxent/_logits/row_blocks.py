@@ -148,7 +148,7 @@ def _evaluate(stop: bool, static: Static, inputs: Inputs) -> tuple[Any, Any]:
 
     def results(i: Any) -> Any:
         piece = pieces.take(i)
-        logits = tuple(linear.from_product(layer, linear.product(layer)) for layer in piece.layers)
+        logits = tuple(map(linear.from_product, piece.layers, pieces.products(piece)))
         return pieces.keep(static.fn(logits, piece.counts, piece.rows, piece.shared), i)
 
     def body(i: Any, found: Any) -> Any:
@@ -190,7 +190,7 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
             return static.fn(logits, piece.counts, rows, shared)
 
         rows, shared = _only(is_perturbed.rows, piece.rows), _only(is_perturbed.shared, piece.shared)
-        products = tuple(map(linear.product, piece.layers))
+        products = pieces.products(piece)
         options = tuple(map(linear.perturbed_options, is_perturbed.layers, piece.layers))
         real, vjp, integers = jax.vjp(of_perturbed, products, options, rows, shared, has_aux=True)
         cotangent = pieces.keep(pieces.rows_of(g, i), i)
@@ -310,6 +310,12 @@ class _Pieces:
         step = self.steps[0]
         needed = jnp.clip(self.needed - block * pieces, 1, pieces)
         return jnp.minimum((needed + (step - 1)) // step * step, pieces)
+
+    def products(self, piece: Inputs) -> tuple[Array, ...]:
+        # a slice that is part of a matmul makes it a slow one on a TPU
+        hidden = lax.optimization_barrier([layer.hidden for layer in piece.layers])
+        layers = (replace(layer, {"hidden": x}) for layer, x in zip(piece.layers, hidden, strict=True))
+        return tuple(map(linear.product, layers))
 
     def take(self, i: Any, number: int = 1) -> Inputs:
         """So many pieces from the i-th on."""

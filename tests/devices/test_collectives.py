@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from programs import collectives
+from compiled import collectives
 
 N, D, V = 64, 16, 256
 HERE = N // 2  # rows of a device

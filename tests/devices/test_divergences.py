@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import harness
 import jaxent
-from programs import collectives, matmul_operations
+from compiled import collectives, matmul_operations
 from tables import some, spread
 
 N, D, V = 12, 5, 48

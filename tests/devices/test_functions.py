@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import harness
 import jaxent
-from programs import collectives
+from compiled import collectives
 from tables import spread
 
 N, D, V = 16, 4, 12

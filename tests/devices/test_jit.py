@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import harness
 import jaxent
+from compiled import collectives
 from jaxent._logits import class_blocks, sources
 from jaxent._logits.plan import Plan
-from programs import collectives
 from tables import thinned
 
 D, V = 6, 96

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import harness
 import jaxent
-from programs import collectives, matmul_operations
+from compiled import collectives, matmul_operations
+from jaxent._logits import sources
+from jaxent._logits.plan import Plan
 from tables import thinned
 
 N, F, D, V = 12, 4, 5, 48  # six rows on each of 2, twelve classes on each of 4 devices
@@ -304,7 +306,8 @@ def test_the_gradient_of_the_kernel_is_sent_in_every_block_of_an_auto_mesh_only(
     assert times_sent(compiled(mesh("explicit"), both, P()), DKERNEL) == {True: 0, False: 1}
 
 
-def test_with_blocks_of_classes_it_is_the_gradient_of_hidden():
+def test_with_blocks_of_classes_it_is_the_gradient_of_hidden(monkeypatch):
+    monkeypatch.setattr(sources, "plan", lambda sizes, *_: Plan(sizes.rows, 3200))
     sizes = {"rows_of_all": 64, "classes": 12_800}  # four blocks of 3200
     program = compiled(mesh(), P("rows"), P(None, "classes"), **sizes)
     d_hidden, d_kernel = ("f32", (8, 4, FEATURES)), ("f32", (FEATURES, 3200 // 4))  # 32 rows on each device

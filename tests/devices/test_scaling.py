@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from programs import collectives
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import scaling
+from compiled import collectives
 from scaling import Head, Machine
 
 # Sizes of which no block is ragged: XLA would share the last one between forward and backward.
