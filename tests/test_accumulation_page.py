@@ -6,6 +6,7 @@ This file is started once more, as a program, on eight CPU devices: jax counts i
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
