@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._derivatives import Perturbed, slope_rule, varying_like, with_forward_mode, with_slope, zeros_like_any
+from ._devices import largest
 from ._logits import sources
 from ._logits.explicit import on_each_device, split_of
 from ._logits.linear import LinearLogits
@@ -168,7 +169,7 @@ def _normalizers(static: Static, pair: Pair, _: None) -> tuple[Normalizer, ...]:
 
 def _normalizer(z: Array, temperature: float | Array) -> Normalizer:
     """m, which is only a shift, and r of the classes here."""
-    m = lax.stop_gradient(jnp.max(z, -1))
+    m = lax.stop_gradient(largest(z))
     e = exp_difference(z, jnp.where(m == -jnp.inf, 0, m)[..., None], temperature)
     top = z == m[..., None]
     others = jnp.where(top, e - lax.stop_gradient(e), e)  # without the largest, but with its derivative

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._devices import lanes
+from ._devices import lanes, largest
 from ._numerics import exp_difference, limit, over_rows, product_or_zero, widen
 from ._rows import keep, take_class
 
@@ -161,7 +161,7 @@ def max_and_rest(z: Array, lane: LabelLane) -> tuple[Array, Array]:
     is the largest; elsewhere S >= 1, and r has only the digits that log p_y needs. How many logits are the largest,
     which takes another sum over all devices, is then not asked.
     """
-    m = jnp.max(z, -1)
+    m = largest(z)
     finite_m = _finite(m)[..., None]
     if lane is None:
         left_out = z == m[..., None]

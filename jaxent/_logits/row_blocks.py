@@ -250,15 +250,13 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
             branches = [functools.partial(matmuls, block, number=n) for n in pieces.steps]
             more, more_kernels = lax.switch((number + (step - 1)) // step - 1, branches, operands)
         if not pieces.one_block:
-            # what comes first takes the place of what is there, which is anything
-            add_up = lambda x, y: jnp.where(block == 0, y, x + y)  # noqa: E731
-            more_kernels = jax.tree.map(add_up, kernels, more_kernels)
+            more_kernels = jax.tree.map(jnp.add, kernels, more_kernels)
         return *sums, pieces.put(hiddens, first, more), more_kernels
 
     shapes = jax.eval_shape(of_piece, 0)
     pairs = list(zip(is_perturbed.layers, inputs.layers, strict=True))
     hiddens = [jnp.zeros_like(y.hidden, _stored(y.hidden.dtype)) if x.hidden else None for x, y in pairs]
-    kernels = [lax.empty(y.kernel.shape, y.dtype) if x.kernel else None for x, y in pairs]
+    kernels = [jnp.zeros(y.kernel.shape, y.dtype) if x.kernel else None for x, y in pairs]
     init = pieces.zeros(shapes[0]), pieces.zero_gradients(shapes[1]), hiddens, kernels
     if pieces.one_block:
         carry = of_block(0, init)
@@ -290,10 +288,9 @@ class _Pieces:
 
     @property
     def blocks_needed(self) -> Any:
-        """At least one, for there is nothing else that writes the gradients of kernels."""
         if not isinstance(self.needed, Array):
             return self.blocks
-        return jnp.maximum((self.needed + (self.static.pieces - 1)) // self.static.pieces, 1)
+        return (self.needed + (self.static.pieces - 1)) // self.static.pieces
 
     @property
     def steps(self) -> list[int]:
