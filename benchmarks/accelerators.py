@@ -3,7 +3,7 @@
 Nothing is run. What is counted in a compiled program is exact: its temporaries, its matmuls and their dtypes, what it
 reads and writes of arrays of rows by classes, what it sends. Cycles are those that the TPU's compiler expects of each
 instruction (`estimated_cycles`), loops multiplied: a model, of which only ratios on one machine mean something. The
-base is the unfused loss: optax on float32 logits, `hidden @ kernel`. `--detail` names the dearest parts of each program.
+base is the unfused loss, optax on float32 logits `hidden @ kernel`. `--detail` names the dearest parts of a program.
 
 Needs optax and matplotlib, and what benchmarks/machines.py says; tokamax takes part where it is installed.
 """

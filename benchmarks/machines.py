@@ -28,6 +28,7 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+jax.config.update("jax_platforms", "cpu")
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "Ironwood": "tpu7x:2x2x1"}
 H100 = "H100"
 MACHINES = (*TPUS, H100)

@@ -76,8 +76,7 @@ class Static(NamedTuple):
         return self.size * self.pieces
 
 
-ALONE = 4  # so many pieces are one where there is no gradient of a kernel
-STEPS = 4  # the matmuls of a block take so many quarters of it as hold rows that count
+QUARTERS = 4  # of a block: its matmuls take as many as hold rows that count
 
 
 def map_rows(static: Static, inputs: Inputs) -> tuple[Any, Any]:
@@ -170,8 +169,8 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
     matmuls_of = [bool(layer.hidden) + bool(layer.kernel) for layer in is_perturbed.layers]
     fused = max(matmuls_of, default=0) <= static.fused
     if static.pieces > 1 and not any(layer.kernel for layer in is_perturbed.layers):
-        # nothing is summed over rows
-        static = static._replace(size=min(ALONE, static.pieces) * static.size, pieces=1)
+        # nothing is summed over rows: a quarter of a block is a block
+        static = static._replace(size=max(static.pieces // QUARTERS, 1) * static.size, pieces=1)
     pieces = _Pieces(inputs, static, stop and not every)
 
     def of_piece(i: Any) -> tuple[Any, Inputs, list[list[Array]]]:
@@ -296,7 +295,7 @@ class _Pieces:
     def steps(self) -> list[int]:
         """The numbers of pieces that a block may be cut to where some of its rows do not count."""
         pieces = self.static.pieces
-        step = -(-pieces // STEPS)
+        step = -(-pieces // QUARTERS)
         return [min(n, pieces) for n in range(step, pieces + step, step)]
 
     def needed_of(self, block: Any) -> Any:
