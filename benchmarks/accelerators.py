@@ -293,6 +293,26 @@ def tabulated(found: dict[str, Measured]) -> str:
     return table(HEADER, [row(name, x, base) for name, x in found.items()])
 
 
+def summary(found: dict[str, dict[str, Measured]]) -> str:
+    """Cycles and temporaries over those of the unfused loss; of the frozen kernel over those of jaxent itself."""
+    names = ["tokamax chunked_xla", JAXENT, "jaxent, little memory", "jaxent, 60 % masked"]
+    names = [name for name in names if any(name in these for these in found.values())]
+    header = ["", "unfused", *names, "frozen / full"]
+
+    def both(x: Measured, to: Measured) -> str:
+        cycles = f"{x.cycles / to.cycles:.2f}, " if to.cycles else ""
+        return f"{cycles}{x.temporaries / to.temporaries:.2f}"
+
+    rows = []
+    for problem, these in found.items():
+        base, own = these[BASE], these[JAXENT]
+        cycles = f"{base.cycles / 1e6:.1f} M, " if base.cycles else ""
+        cells = [both(these[name], base) if name in these else "-" for name in names]
+        frozen = both(these["jaxent, frozen kernel"], own)
+        rows.append([problem, f"{cycles}{readable_bytes(base.temporaries)}", *cells, frozen])
+    return table(header, rows)
+
+
 def dearest(found: dict[str, Measured], number: int) -> str:
     lines = []
     for name, measured in found.items():
@@ -374,6 +394,9 @@ def main() -> None:
                 found = linear(machine, problem)
                 all_found.setdefault(machine, {})[problem.name] = found
                 report(f"{problem.name}: bf16 {problem.shape}", found)
+        if machine in all_found:
+            title = "Cycles, temporaries: over those of the unfused loss; with a frozen kernel over those with both gradients"
+            print(f"\n{title}\n\n{summary(all_found[machine])}", flush=True)
         if options.only in (None, "dense"):
             for title, found in dense(machine).items():
                 report(title, found)

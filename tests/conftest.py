@@ -1,6 +1,7 @@
 """Fixtures that several test files use, and how programs are compiled where a test does not ask for more."""
 
 import gc
+import importlib.util
 import os
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 # Most programs run once, on a few numbers: nearly all of their time goes into compiling them. Where a test is about
 # what a user's program computes, takes or holds, it says so: harness.FULL, harness.HLO.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-if jax.__version_info__ < (0, 11):  # later ones may not know it, and XLA ends where it does not know a flag
+# later ones, and libtpu, may not know it, and XLA ends where it does not know a flag
+if jax.__version_info__ < (0, 11) and importlib.util.find_spec("libtpu") is None:
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 

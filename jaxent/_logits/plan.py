@@ -14,7 +14,7 @@ BLOCK_BYTES_ON_CPU = 128 * 2**20
 BYTES_PER_PARAMETER = 8
 ROW_BYTES_PER_CLASS = 2 * 8192
 PIECE = 512  # rows whose logits are made by one matmul that does not wait for the kernel
-TILE = 128  # rows, and classes, come in so many at a time
+ROWS, LANES = 16, 128  # rows, and classes, of an array of half precision come in so many at a time
 # With fewer features a TPU makes the gradient of the logits as a part of one matmul, or of two, in less time than it
 # writes and reads it.
 FEATURES = 3072, 1024
@@ -94,8 +94,8 @@ def plan_by_rows(sizes: Sizes, block_bytes: int | None = None, platform: str = "
     block = max(-(-rows // blocks), 1)
     pieces = -(-block // most)
     piece = -(-block // pieces)
-    if pieces > 1 and piece > TILE:
-        piece = -(-piece // TILE) * TILE
+    if pieces > 1 and piece > ROWS:
+        piece = -(-piece // ROWS) * ROWS
     return Plan(piece, classes, pieces, fused)
 
 
@@ -109,4 +109,4 @@ def plan_by_classes(sizes: Sizes, block_bytes: int | None = None, platform: str 
     most = min(most, CLASSES.get(platform, CLASSES_ON_ACCELERATORS))
     if most >= classes:
         return classes
-    return most // TILE * TILE or most
+    return most // LANES * LANES or most
