@@ -293,6 +293,9 @@ def tabulated(found: dict[str, Measured]) -> str:
     return table(HEADER, [row(name, x, base) for name, x in found.items()])
 
 
+SUMMARY = "Cycles, temporaries: over those of the unfused loss; of a frozen kernel over those of both gradients"
+
+
 def summary(found: dict[str, dict[str, Measured]]) -> str:
     """Cycles and temporaries over those of the unfused loss; of the frozen kernel over those of jaxent itself."""
     names = ["tokamax chunked_xla", JAXENT, "jaxent, little memory", "jaxent, 60 % masked"]
@@ -395,8 +398,7 @@ def main() -> None:
                 all_found.setdefault(machine, {})[problem.name] = found
                 report(f"{problem.name}: bf16 {problem.shape}", found)
         if machine in all_found:
-            title = "Cycles, temporaries: over those of the unfused loss; with a frozen kernel over those with both gradients"
-            print(f"\n{title}\n\n{summary(all_found[machine])}", flush=True)
+            print(f"\n{SUMMARY}\n\n{summary(all_found[machine])}", flush=True)
         if options.only in (None, "dense"):
             for title, found in dense(machine).items():
                 report(title, found)
