@@ -293,7 +293,9 @@ def tabulated(found: dict[str, Measured]) -> str:
     return table(HEADER, [row(name, x, base) for name, x in found.items()])
 
 
-SUMMARY = "Cycles, temporaries: over those of the unfused loss; of a frozen kernel over those of both gradients"
+SUMMARY = (
+    "Cycles, temporaries: over those of the unfused loss; of a frozen kernel over those of both gradients"
+)
 
 
 def summary(found: dict[str, dict[str, Measured]]) -> str:

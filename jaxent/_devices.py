@@ -64,6 +64,11 @@ def row_major(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def made_once(tree: Any) -> Any:
+    """On accelerators XLA would make it as a part of each matmul that reads it, once for each tile of the result."""
+    return tree if platform(tree) == "cpu" else jax.lax.optimization_barrier(tree)
+
+
 def largest(z: Array) -> Array:
     """The maximum over the last axis; NaN if there is one.
 

@@ -22,7 +22,7 @@ from .._derivatives import (
     varying_like,
     zeros_like_any,
 )
-from .._devices import is_known
+from .._devices import is_known, made_once
 from .._rows import keep
 from .._statistics import (
     Block,
@@ -194,7 +194,7 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
         if is_perturbed.distribution:
             distribution = of_counting_rows(distribution_gradient(built, part_whole, part_g))
         wanted, layer = is_perturbed.logits, part.logits
-        operand = lax.optimization_barrier(linear.operand(layer, d_product))  # made once for two matmuls
+        operand = made_once(linear.operand(layer, d_product))
         fields = d_options | {"bias": linear.bias_gradient(wanted, d_product)}
         if wanted.hidden:
             fields["hidden"] = linear.hidden_gradient(layer, operand, part.class_mask)
@@ -280,7 +280,7 @@ def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> B
 
     layer = block.logits
     kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
-    kernel = lax.optimization_barrier(kernel)  # as part of a matmul the slice makes it a slow one on a TPU
+    kernel = made_once(kernel)
     distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
     per_row, label = _rows((linear.per_row_fields(layer), block.label), row, static.rows)
     layer = linear.replace(layer, per_row | {"kernel": kernel, "bias": bias})

@@ -23,6 +23,7 @@ from .._derivatives import (
     varying_like,
     with_forward_mode,
 )
+from .._devices import made_once
 from .._numerics import accumulation_dtype, limit
 from .._rows import keep
 from . import linear
@@ -241,7 +242,7 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
             *sums, operands = lax.fori_loop(0, number, add, init)
         else:
             *sums, operands = add(0, init)
-            operands = operands if fused else lax.optimization_barrier(operands)
+            operands = operands if fused else made_once(operands)
         if isinstance(number, int):
             more, more_kernels = matmuls(block, operands, number)
         else:
@@ -308,8 +309,7 @@ class _Pieces:
         return jnp.minimum((needed + (step - 1)) // step * step, pieces)
 
     def products(self, piece: Inputs) -> tuple[Array, ...]:
-        # a slice that is part of a matmul makes it a slow one on a TPU
-        hidden = lax.optimization_barrier([layer.hidden for layer in piece.layers])
+        hidden = made_once([layer.hidden for layer in piece.layers])
         layers = (replace(layer, {"hidden": x}) for layer, x in zip(piece.layers, hidden, strict=True))
         return tuple(map(linear.product, layers))
 
