@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxent
 from compiled import matmul_operations
 from harness import HLO, QUICK
+from jaxent._devices import platform
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan, Sizes, plan
 from programs import avals
@@ -227,11 +230,46 @@ def test_the_plan_on_accelerators():
     assert on_tpu(half(16_384, 768, 50_257), 2**28) == Plan(16_384, 2560)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
-def test_any_plan_covers_the_rows_and_no_more(platform):
+TPU = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+TPU_MESH = jax.sharding.AbstractMesh((1,), ("one",), (AxisType.Auto,), abstract_device=TPU)
+
+
+def test_the_mesh_says_what_the_program_is_for():
+    """Not what jax would take: a program may be compiled for a machine that is not there."""
+    found = []
+
+    def seen(x):
+        found.append(platform((x, 1.0)))
+        return x
+
+    nowhere = jax.ShapeDtypeStruct((4, 2), jnp.float32)
+    jax.eval_shape(seen, jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=NamedSharding(TPU_MESH, P())))
+    with jax.sharding.use_abstract_mesh(TPU_MESH):
+        jax.eval_shape(seen, nowhere)
+    jax.eval_shape(seen, nowhere)
+    seen(jnp.zeros((4, 2)))
+    assert found == ["tpu", "tpu", "cpu", "cpu"]
+
+
+def test_a_program_for_a_tpu_is_not_that_of_a_cpu():
+    kernel, bias = jax.ShapeDtypeStruct((D, 1024), jnp.float32), jax.ShapeDtypeStruct((1024,), jnp.float32)
+
+    def traced():
+        f = gradient(mean, 0, 1, 2)
+        return str(jax.make_jaxpr(lambda *x: f(*x))(HIDDEN, kernel, bias, LABEL))
+
+    on_cpu = traced()
+    with jax.sharding.use_abstract_mesh(TPU_MESH):
+        on_tpu = traced()
+    for primitive in ("optimization_barrier", "layout_constraint"):
+        assert primitive in on_tpu and primitive not in on_cpu
+
+
+@pytest.mark.parametrize("machine", ["cpu", "tpu", "gpu"])
+def test_any_plan_covers_the_rows_and_no_more(machine):
     for rows, features in itertools.product((0, 1, 3, 17, 1000, 5000, 20_000), (8, 2000, 4000)):
         for classes, block_bytes in itertools.product((1, 2, 129, 5003), (1, 1000, 10**9, None)):
-            found = plan(Sizes(rows, features, classes), block_bytes, platform)
+            found = plan(Sizes(rows, features, classes), block_bytes, machine)
             if found.classes < classes:
                 assert found.classes >= 1 and found.rows == rows and found.pieces == 1
                 continue

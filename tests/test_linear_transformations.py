@@ -22,6 +22,7 @@ COMPILER = {"xla_backend_optimization_level": 0}  # programs that run once
 PLANS = {
     "rows": lambda sizes, *_: Plan(min(3, max(sizes.rows, 1)), V),
     "pieces": lambda sizes, *_: Plan(1, V, pieces=3),
+    "fused": lambda sizes, *_: Plan(min(3, max(sizes.rows, 1)), V, fused=2),
     "classes": lambda sizes, *_: Plan(sizes.rows, 3),
 }
 
