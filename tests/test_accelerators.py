@@ -152,25 +152,46 @@ def test_a_maximum_is_never_alone_on_a_tpu():
     assert temporaries(program) < N * V
 
 
-SPECS = P("data"), P(None, "vocab"), P("data")
+SPLITS = {"rows": {"data": 4}, "rows and classes": {"data": 2, "vocab": 2}}
 
 
 @on_each
 @pytest.mark.parametrize("how", ["explicit", "shard_map"])
-def test_nothing_is_sent_in_a_loop(machine, how):
-    step = jax.value_and_grad(mean, (0, 1))
+@pytest.mark.parametrize("split", SPLITS)
+def test_nothing_is_sent_in_a_loop(machine, how, split):
+    shape = SPLITS[split]
+    names = {"class_axis_name": "vocab" if "vocab" in shape else None, "batch_axis_name": "data"}
+    specs = P("data"), P(None, names["class_axis_name"]), P("data")
+    step, kind = jax.value_and_grad(mean, (0, 1)), AxisType.Explicit
     if how == "shard_map":
-        of_each = functools.partial(mean, class_axis_name="vocab", batch_axis_name="data")
-        step = jax.shard_map(jax.value_and_grad(of_each, (0, 1)), in_specs=SPECS, out_specs=(P(), SPECS[:2]))
-    devices = {
-        "shape": {"data": 2, "vocab": 2},
-        "kind": AxisType.Explicit if how == "explicit" else AxisType.Auto,
-    }
-    program = compile_for(machine, step, HIDDEN, KERNEL, LABELS, specs=SPECS, **devices)
-    sent = Program(program).collectives()
+        step, kind = jax.value_and_grad(functools.partial(mean, **names), (0, 1)), AxisType.Auto
+        step = jax.shard_map(step, in_specs=specs, out_specs=(P(), specs[:2]))
+    program = compile_for(machine, step, HIDDEN, KERNEL, LABELS, specs=specs, shape=shape, kind=kind)
+    sent, matmuls = Program(program).collectives(), Program(program).matmuls()
     assert sent and not [c for c in sent if c.in_loop]
-    largest = max(shape.size for c in sent for shape in c.shapes)
-    assert largest <= max(N * D, D * V) / 2  # gradients; never logits
+    sizes = [size.size for c in sent for size in c.shapes]
+    assert max(sizes) <= D * V  # gradients; never logits
+    # half of the classes are one block, whose logits XLA need not make again
+    assert 4 * sum(m.operations for m in matmuls) == 3 * 2 * N * D * V
+
+
+def mapped(hidden, kernel, labels):
+    return jnp.sum(jax.vmap(mean, (0, None, 0))(hidden, kernel, labels))
+
+
+def curvature(hidden, kernel, labels):
+    """Forward over reverse."""
+    gradient = jax.grad(lambda hidden: mean(hidden, kernel, labels))
+    return jnp.sum(jax.jvp(gradient, (hidden,), (hidden,))[1].astype(jnp.float32))
+
+
+@on_each
+def test_transformations_compile(machine):
+    two = array((2, N // 2, D)), KERNEL, array((2, N // 2), jnp.int32)
+    assert temporaries(compile_for(machine, jax.value_and_grad(mapped, (0, 1)), *two)) >= 0
+    few = array((600, D)), KERNEL, array((600,), jnp.int32)  # of two pieces
+    assert temporaries(compile_for(machine, curvature, *few)) >= 0
+    assert temporaries(compile_for(machine, jax.checkpoint(jax.value_and_grad(mean, (0, 1))), *few)) >= 0
 
 
 LOGITS, TARGETS, INDICES, NUMBERS = (

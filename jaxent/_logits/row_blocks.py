@@ -255,7 +255,7 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
 
     shapes = jax.eval_shape(of_piece, 0)
     pairs = list(zip(is_perturbed.layers, inputs.layers, strict=True))
-    hiddens = [jnp.zeros_like(y.hidden, _stored(y.hidden.dtype)) if x.hidden else None for x, y in pairs]
+    hiddens = [jnp.zeros(y.hidden.shape, _stored(y.hidden.dtype)) if x.hidden else None for x, y in pairs]
     kernels = [jnp.zeros(y.kernel.shape, y.dtype) if x.kernel else None for x, y in pairs]
     init = pieces.zeros(shapes[0]), pieces.zero_gradients(shapes[1]), hiddens, kernels
     if pieces.one_block:
