@@ -77,7 +77,7 @@ PROBLEMS = [
     Problem("16k rows", 16_384, 4096, 128_256),
     Problem("V = 1M", 4096, 1024, 1_000_000),
     Problem("few rows", 128, 4096, 128_256),
-    Problem("D = 8192", 8192, 8192, 128_256),
+    Problem("D = 8192", 4096, 8192, 128_256),
 ]
 
 
@@ -92,12 +92,34 @@ class Measured(NamedTuple):
     parts: list[tuple[int, int, str, str, str]]
 
 
+def steps_where_a_share_counts(once: Program, problem: Problem, share: float) -> Callable[[int, bool], int]:
+    """How often loops run, and which branch is taken, where the rows that count are so many: by whole quarters.
+
+    From the sizes of the matmuls: how many rows a piece and a block have.
+    """
+    d, v = problem.features, problem.classes
+    of_pieces = [m.result.size // v for m in once.matmuls() if m.terms == d and m.result.size % v == 0]
+    of_blocks = [m.terms for m in once.matmuls() if m.result.size == d * v]
+    piece, block = max(of_pieces, default=1), max(of_blocks, default=1)
+    blocks = math.ceil(share * problem.rows / block)
+    quarters = math.ceil(QUARTERS * min(share * problem.rows / block, 1))
+
+    def steps(branches: int, is_outer: bool) -> int:
+        if branches:
+            return math.ceil(quarters * branches / QUARTERS)
+        if is_outer or block == piece:
+            return blocks
+        return math.ceil(quarters * block / (QUARTERS * piece))
+
+    return steps
+
+
 def read(program: Any, problem: Problem, share: float = 1.0, devices: int = 1) -> Measured:
     """Of loops and branches that depend on which rows count, those of a share."""
-    # of how many pieces of rows a loop is whose number of steps is not known
-    rows = [m.result.size // problem.classes for m in Program(program, lambda _: 1).matmuls() if m.in_loop]
-    pieces = problem.rows // max(min(rows, default=problem.rows), 1)
-    text = Program(program, lambda most: math.ceil(share * QUARTERS) * (most or pieces) // QUARTERS)
+    text = Program(
+        program,
+        steps_where_a_share_counts(Program(program, lambda branches, _: branches or 1), problem, share),
+    )
     sent = text.collectives()
     found = text.matmuls()
     operands = {

@@ -82,12 +82,13 @@ class Step(NamedTuple):
 
 
 class Program:
-    """A compiled program. `trips(n)` is how often a loop over n blocks runs whose number of steps is not known.
+    """A compiled program.
 
-    Of the branches of a conditional, the one that as many steps take is counted.
+    `trips(0, is_outer)` is how often a loop runs whose number of steps is not known; whether it has another such loop
+    in it. `trips(n, False)` is which of n branches, from 1 on, a conditional takes.
     """
 
-    def __init__(self, compiled, trips: Callable[[int], int] = lambda most: most):
+    def __init__(self, compiled, trips: Callable[[int, bool], int] = lambda *_: 1):
         self.computations: dict[str, list[Instruction]] = {}
         self.trips, self.entry = trips, ""
         for text in re.split(r"\n(?=\S)", compiled.as_text()):
@@ -124,19 +125,26 @@ class Program:
                 yield from self._inside(inner)
 
     def _trips(self, loop: Instruction) -> int:
+        known = self._known_trips(loop)
+        if known is not None:
+            return known
+        inner = [x for x in self.computations[loop.called("body")] if x.kind == "while"]
+        return self.trips(0, any(self._known_trips(x) is None for x in inner))
+
+    def _known_trips(self, loop: Instruction) -> int | None:
         known = re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.text)
         if known:
             return int(known[1])
         condition = self.computations[loop.called("condition")]
         limits = [int(n) for x in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", x.text)]
-        return max(limits, default=0) or self.trips(0)
+        return max(limits, default=None)
 
     def _branch(self, x: Instruction) -> str:
         branches = re.search(r"branch_computations={([^}]*)}", x.text)
         if branches is None:
             return x.called("true_computation")
         names = re.findall(r"%[\w.-]+", branches[1])
-        return names[max(min(self.trips(len(names)), len(names)), 1) - 1]
+        return names[max(min(self.trips(len(names), False), len(names)), 1) - 1]
 
     def shape(self, computation: str, operand: str) -> Shape:
         return next(x.shapes[0] for x in self.computations[computation] if x.name == operand)
@@ -248,12 +256,12 @@ class Collective(NamedTuple):
 
 def matmul_operations(compiled) -> int:
     """Multiplications and additions of all matmuls; a loop of unknown length counts once."""
-    return sum(matmul.operations for matmul in Program(compiled, lambda _: 1).matmuls())
+    return sum(matmul.operations for matmul in Program(compiled).matmuls())
 
 
 def collectives(compiled) -> list[Collective]:
     """All communication; that of a loop of unknown length counts once."""
-    return Program(compiled, lambda _: 1).collectives()
+    return Program(compiled).collectives()
 
 
 def numbers(text: str) -> list[int]:

@@ -127,7 +127,7 @@ def test_masked_rows_are_left_out(machine):
     program = compiled(machine, mean, masked=True)
     for quarters in (1, 2, 3, 4):
         # eight pieces, whose loop does not know its end; the branches of the backward are the quarters
-        found = Program(program, lambda branches, n=quarters: n if branches else 2 * n).matmuls()
+        found = Program(program, lambda branches, _, n=quarters: n if branches else 2 * n).matmuls()
         assert sum(m.operations for m in found) == 3 * 2 * N * D * V * quarters / 4
         assert [(m.times, m.in_loop) for m in found if m.in_loop] == [(2 * quarters, True)]
 
