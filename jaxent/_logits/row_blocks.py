@@ -207,12 +207,12 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
         layers = tuple(map(replace, map(linear.without_arrays, piece.layers), fields))
         return pieces.keep((real, integers), i), Inputs(layers, None, d_rows, d_shared), operands
 
-    def matmuls(block: Any, operands: list[list[Array]], number: int) -> tuple[Any, Any]:
-        """Gradients of hidden and of kernels, by the first so many pieces of a block."""
+    def matmuls(block: Any, operands: list[list[Array]], sums: Any, number: int) -> tuple[Any, Any]:
+        """Gradients of hidden, and sums of those of kernels, by the first so many pieces of a block."""
         rows, length = pieces.take(block * static.pieces, number), number * static.size
         hiddens, kernels = [], []
-        layers = zip(is_perturbed.layers, rows.layers, operands[0], operands[-1], strict=True)
-        for wanted, layer, for_hidden, for_kernel in layers:
+        layers = zip(is_perturbed.layers, rows.layers, operands[0], operands[-1], sums, strict=True)
+        for wanted, layer, for_hidden, for_kernel, total in layers:
             hidden = kernel = None
             if wanted.hidden:
                 hidden = linear.hidden_gradient(layer, for_hidden[:length], inputs.class_mask)
@@ -220,7 +220,7 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
                 hidden = jnp.pad(hidden, [(0, static.rows - length)] + [(0, 0)] * (hidden.ndim - 1))
             if wanted.kernel:
                 kernel = linear.kernel_gradient(layer, for_kernel[:length])
-                kernel = kernel.astype(_stored(layer.kernel.dtype)) if pieces.one_block else kernel
+                kernel = kernel.astype(_stored(layer.kernel.dtype)) if pieces.one_block else total + kernel
             hiddens.append(hidden)
             kernels.append(kernel)
         return hiddens, kernels
@@ -244,14 +244,12 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
             *sums, operands = add(0, init)
             operands = operands if fused else made_once(operands)
         if isinstance(number, int):
-            more, more_kernels = matmuls(block, operands, number)
+            more, kernels = matmuls(block, operands, kernels, number)
         else:
             step = pieces.steps[0]
             branches = [functools.partial(matmuls, block, number=n) for n in pieces.steps]
-            more, more_kernels = lax.switch((number + (step - 1)) // step - 1, branches, operands)
-        if not pieces.one_block:
-            more_kernels = jax.tree.map(jnp.add, kernels, more_kernels)
-        return *sums, pieces.put(hiddens, first, more), more_kernels
+            more, kernels = lax.switch((number + (step - 1)) // step - 1, branches, operands, kernels)
+        return *sums, pieces.put(hiddens, first, more), kernels
 
     shapes = jax.eval_shape(of_piece, 0)
     pairs = list(zip(is_perturbed.layers, inputs.layers, strict=True))
