@@ -37,6 +37,7 @@ QUARTERS = 4  # of a block: the matmuls take so many of them as hold rows that c
 SMALL = 0.1  # of the temporaries of the unfused loss, where little memory is given
 COUNTED = 0.4  # of the rows, where 60 % are masked
 BASE, JAXENT = "unfused", "jaxent"
+HIGHEST = 2.1  # bar of the plot; what is above is cut
 SPLIT = {"data": 2, "vocab": 2}
 
 
@@ -375,6 +376,10 @@ def draw(found: dict[str, dict[str, dict[str, Measured]]], path: Path) -> None:
                         places.append(j + 0.26 * (i - (len(present) - 1) / 2))
                         heights.append(getattr(these[name], what) / getattr(these[BASE], what))
                 ax.bar(places, heights, 0.24, color=colors[name], label=name)
+                for x, height in zip(places, heights, strict=True):
+                    if height > HIGHEST:
+                        ax.text(x, HIGHEST, f"{height:.1f}", ha="center", va="bottom", fontsize=7)
+            ax.set_ylim(0, HIGHEST)
             ax.set_ylabel(f"{what} / unfused")
             ax.set_xticks(range(len(problems)), problems, rotation=35, ha="right")
             ax.spines[["top", "right"]].set_visible(False)
