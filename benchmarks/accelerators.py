@@ -383,9 +383,9 @@ def draw(found: dict[str, dict[str, dict[str, Measured]]], path: Path) -> None:
             ax.set_ylabel(f"{what} / unfused")
             ax.set_xticks(range(len(problems)), problems, rotation=35, ha="right")
             ax.spines[["top", "right"]].set_visible(False)
-        column[0].set_title(f"{machine}, modelled")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+        column[0].set_title(f"{machine}, modelled", pad=16)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncol=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
