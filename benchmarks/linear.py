@@ -22,6 +22,7 @@ import numpy as np
 
 import jaxent
 from common import cores, readable_bytes, readable_seconds, surroundings, table
+from jaxent._logits import sources
 from linear_contestants import (
     BASE,
     CHUNKED_TORCH,
@@ -137,17 +138,12 @@ def largest(errors: list[Outputs]) -> Outputs:
 
 
 def plan_of(problem: Problem) -> str:
-    """The blocks that jaxent chose; a look into its private parts, which may move."""
-    try:
-        from jaxent._logits import sources
-
-        cut = sources.cut(jaxent.LinearLogits(problem.hidden, problem.kernel), masked=False)
-        n, v = problem.hidden.shape[0], problem.kernel.shape[1]
-        rows = n if cut.size is None else cut.size
-        blocks = -(-n // rows) * -(-v // cut.width)
-        return f"{blocks} block{'s' * (blocks > 1)} of {rows} rows x {cut.width} classes"
-    except Exception:
-        return "unknown"
+    """The blocks that jaxent chooses."""
+    cut = sources.cut(jaxent.LinearLogits(problem.hidden, problem.kernel), masked=False)
+    (n, _), width, best = problem.hidden.shape, cut.classes.width, cut.by_rows
+    rows = n if best is None else best.rows * best.pieces
+    blocks = -(-n // rows) * -(-problem.kernel.shape[1] // width)
+    return f"{blocks} block{'s' * (blocks > 1)} of {rows} rows x {width} classes"
 
 
 def measure(problem: Problem, rounds: int, budget: float, bare: bool) -> Measured:

@@ -230,6 +230,15 @@ def test_the_plan_on_accelerators():
     assert on_tpu(half(16_384, 768, 50_257), 2**28) == Plan(16_384, 2560)
 
 
+def test_the_benchmark_says_which_blocks_it_timed():
+    import linear
+
+    assert linear.plan_of(linear.make_problem("f32", 64, 16, 1000)) == "1 block of 64 rows x 1000 classes"
+    assert (
+        linear.plan_of(linear.make_problem("bf16", 32, 2, 600_000)) == "74 blocks of 32 rows x 8192 classes"
+    )
+
+
 TPU = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
 TPU_MESH = jax.sharding.AbstractMesh((1,), ("one",), (AxisType.Auto,), abstract_device=TPU)
 

@@ -11,7 +11,9 @@ import cases
 import harness
 import jaxent
 import test_values
-from layers import ADVANTAGE, FLAT, compiled, in_blocks, layer_of
+from jaxent._logits import sources
+from jaxent._logits.plan import Plan
+from layers import ADVANTAGE, FLAT, assert_same, compiled, in_blocks, layer_of
 from tables import thinned
 
 BAD = np.array([1, 4, 6])
@@ -115,3 +117,21 @@ def test_rows_are_poisoned_alone(reduction, source):
     assert np.flatnonzero(np.isnan(losses)).tolist() == (bad if reduction == "none" else [0])
     assert np.flatnonzero(np.isnan(gradient.hidden).all(-1)).tolist() == bad
     assert np.isfinite(np.delete(gradient.hidden, bad, 0)).all()
+
+
+@pytest.mark.parametrize("rows", [6, 21])  # one block; three
+def test_any_number_of_rows_may_count(rows, monkeypatch):
+    """The matmuls of a block take whole quarters of it, here two pieces each, and never what no piece has written."""
+    monkeypatch.setattr(sources, "plan", lambda sizes, *_: Plan(1, sizes.classes, pieces=8))
+    monkeypatch.setattr("jax.lax.empty", harness.nans)
+    layer, rng = layer_of((rows,)), np.random.default_rng(rows)
+    labels = jnp.asarray(rng.integers(layer.shape[-1], size=rows))
+
+    def loss(layer, where, dense):
+        logits = layer.dense() if dense else layer
+        return jaxent.softmax_cross_entropy(logits, labels, where=where, reduction="sum")
+
+    gradients = compiled(jax.value_and_grad(loss), static_argnums=2)
+    for number in range(rows + 1):
+        where = jnp.asarray(rng.permutation(rows) < number)
+        assert_same(gradients(layer, where, False), gradients(layer, where, True), number)

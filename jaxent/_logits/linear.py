@@ -42,8 +42,8 @@ class LinearLogits:
       precision: of the matmuls, as in `jnp.matmul`.
       block_bytes: about how much memory a block of logits and its gradient may take, beside the gradients of
         `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows. Of each device, where jax knows
-        over how many the arrays are split (docs/sharding.md). None: 128 MiB on a CPU; on accelerators in proportion to
-        the kernel, at most what two float32 moments of it take, as an optimizer has (docs/accelerators.md).
+        over how many the arrays are split (docs/sharding.md). None: 128 MiB on a CPU; on accelerators as the machine
+        and the shapes ask for, blocks of rows up to 18 kB a class (docs/architecture.md).
 
     Attributes:
       shape: `[..., V]`, that of the logits.

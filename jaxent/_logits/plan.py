@@ -9,8 +9,8 @@ from typing import NamedTuple
 OPERATIONS_PER_BYTE = {"cpu": 20}
 OPERATIONS_PER_BYTE_OF_ACCELERATORS = 300
 BLOCK_BYTES_ON_CPU = 128 * 2**20
-# On accelerators the gradient of the logits may take as much memory as two float32 moments of the kernel, and never
-# has more rows than sum up to the kernel's gradient at the rate of its matmul.
+# On accelerators the gradient of the logits may take as much memory as two float32 moments of the kernel, but has no
+# more rows than it takes to hide how the kernel's gradient is read and written; float32 logits in its place no more.
 BYTES_PER_PARAMETER = 8
 ROW_BYTES_PER_CLASS = 2 * 8192
 PIECE = 512  # rows whose logits are made by one matmul that does not wait for the kernel
