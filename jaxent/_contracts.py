@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import checkify
 
+from ._explained import explained
 from ._numerics import accumulation_dtype, is_probability, nan_unless
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -324,27 +324,19 @@ def _check_on_host(function: str, argument: str, x: np.ndarray, values: Values, 
         fail(ValueError, function, argument, values.expected, got, values.remedy)
 
 
-def debug_check_labels(function: str, ok: Array, seen: Array | None, labels: Array, classes: int) -> None:
+def explained_labels(function: str, labels: Array, ok: Array, seen: Array | None, classes: int) -> Array:
+    """`labels`, of which the first that is bad and seen raises under `checkify`."""
     expected = f"in [0, {classes}) and name a class in force"
     but = "row {index} (counted over the flattened rows) has label {value}"
-    _debug_check(sentence(function, "labels", expected, but, LABELS_REMEDY), labels, ok, seen)
+    return _explained(sentence(function, "labels", expected, but, LABELS_REMEDY), labels, ok, seen)
 
 
-def debug_check_values(function: str, argument: str, x: Array, values: Values, seen: Array | None) -> None:
+def explained_values(function: str, argument: str, x: Array, values: Values, seen: Array | None) -> Array:
     but = "element {index} (counted over the flattened array) is {value}"
-    _debug_check(sentence(function, argument, values.expected, but, values.remedy), x, values.ok(x), seen)
+    return _explained(
+        sentence(function, argument, values.expected, but, values.remedy), x, values.ok(x), seen
+    )
 
 
-def _debug_check(message: str, x: Array, ok: Array, seen: Array | None) -> None:
-    """Raises for whoever wraps the outermost function with `checkify.checkify` or `chex.chexify`; else nothing.
-
-    The first bad element that is seen is named. Nothing is flattened to count: `ok` may be split over devices.
-    """
-    if seen is not None:
-        ok = ok | ~seen
-    position = jnp.zeros(ok.shape, jnp.int32)
-    for axis in range(ok.ndim):
-        position = position * ok.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, ok.shape, axis)
-    index = jnp.min(jnp.where(ok, ok.size, position), initial=ok.size)
-    value = jnp.sum(jnp.where(position == index, x, jnp.zeros((), x.dtype)), dtype=x.dtype)
-    checkify.debug_check(jnp.all(ok), message, index=index, value=value)
+def _explained(message: str, x: Array, ok: Array, seen: Array | None) -> Array:
+    return explained(x, ~ok if seen is None else ~ok & seen, message)

@@ -366,8 +366,8 @@ def _prepare(
     seen = None if seen is None else jnp.expand_dims(seen, axis)
     q = contracts.check_host_values(function, name, labels, targets, mask)
     q = split_as(rows.sharding, ALL, jnp.moveaxis(q, axis, -1))
-    contracts.debug_check_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
-    return rows, x, None, q
+    q = contracts.explained_values(function, name, jnp.moveaxis(q, -1, axis), targets, seen)
+    return rows, x, None, jnp.moveaxis(q, axis, -1)
 
 
 def _reduce(rows: Rows, loss: Callable[..., Array], x: Array, hidden: float, q: Array | None) -> Array:

@@ -100,11 +100,10 @@ class Rows(NamedTuple):
         labels, kept = contracts.index_labels(self.function, labels, classes, self.host_mask, ignore_index)
         labels, rows = self.split(labels), self.only(self.split(kept))
         ok = (labels >= 0) & (labels < classes)
-        label = jnp.where(ok, labels, -1).astype(jnp.int32)
         if in_force is not None:
-            ok &= in_force(label)
-            label = jnp.where(ok, label, -1)
-        contracts.debug_check_labels(self.function, ok, rows.seen, labels, classes)
+            ok &= in_force(jnp.where(ok, labels, -1).astype(jnp.int32))
+        labels = contracts.explained_labels(self.function, labels, ok, rows.seen, classes)
+        label = jnp.where(ok, labels, -1).astype(jnp.int32)
         return label, rows
 
     def binary_labels(self, labels: Any, argument: str) -> Array:
@@ -112,9 +111,7 @@ class Rows(NamedTuple):
         contracts.check_binary_labels(self.function, labels, self.shape, argument)
         yes_no = contracts.YES_NO
         labels = contracts.check_host_values(self.function, "labels", labels, yes_no, self.host_mask)
-        labels = self.split(labels)
-        contracts.debug_check_values(self.function, "labels", labels, yes_no, self.seen)
-        return labels
+        return contracts.explained_values(self.function, "labels", self.split(labels), yes_no, self.seen)
 
     def all_classes(self, classes: int) -> int:
         """Of all devices, where each has some."""

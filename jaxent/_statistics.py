@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._devices import lanes, largest
-from ._numerics import exp_difference, limit, over_rows, product_or_zero, widen
+from ._numerics import divided, exp_difference, limit, over_rows, product_or_zero, widen
 from ._rows import keep, take_class
 
 
@@ -131,7 +131,7 @@ class Partial(NamedTuple):
     classes: Array | None = None  # how many are in force
 
 
-LabelLane = tuple[Array, Array] | None  # where it is, [..., V], and z_y, if r may do with its digits
+LabelLane = tuple[Array, Array] | None  # the label and z_y, if r may do with its digits
 MaxAndRest = Callable[[Array, LabelLane], tuple[Array, Array]]
 
 
@@ -155,22 +155,27 @@ def detached_max(max_and_rest: MaxAndRest) -> MaxAndRest:
 
 @detached_max
 def max_and_rest(z: Array, lane: LabelLane) -> tuple[Array, Array]:
-    """m and r over the last axis.
+    """m and r over the last axis."""
+    m = largest(z)
+    return m, jnp.where(m == -jnp.inf, -1, rest(z, m, lane))
+
+
+def rest(z: Array, m: Array, lane: LabelLane) -> Array:
+    """r where a class is in force.
 
     With the label's term left out of the sum, r = S + (e_y - 1), S = sum_{j != y} e_j. That is S where its logit
     is the largest; elsewhere S >= 1, and r has only the digits that log p_y needs. How many logits are the largest,
     which takes another sum over all devices, is then not asked.
     """
-    m = largest(z)
     finite_m = _finite(m)[..., None]
     if lane is None:
         left_out = z == m[..., None]
         e_left_out = jnp.sum(left_out, -1, dtype=z.dtype)
     else:
-        left_out, z_y = lane
+        label, z_y = lane
+        left_out = lanes(z, label.dtype) == label[..., None]
         e_left_out = exp_difference(z_y, finite_m[..., 0])
-    r = jnp.sum(jnp.where(left_out, 0, exp_difference(z, finite_m)), -1) + (e_left_out - 1)
-    return m, jnp.where(m == -jnp.inf, -1, r)
+    return jnp.sum(jnp.where(left_out, 0, exp_difference(z, finite_m)), -1) + (e_left_out - 1)
 
 
 def select_label(z: Array, hit: Array) -> Array:
@@ -191,7 +196,7 @@ def partial_statistics(
     if block.label is not None and any(name in names for name in of_label):
         label_logit = select_label(z, block)
         if "entropy" not in names:  # which, of a row that is sure of another class, is as small as r
-            lane = block.hit(), label_logit
+            lane = block.label, label_logit
     m, r = max_and_rest(z, lane)
     finite_m = _finite(m)[..., None]
     spread = label_weight = classes = None
@@ -279,7 +284,7 @@ def poison(whole: Partial, label: Array | None) -> Partial:
 def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
     """The real-valued statistics `names` from partial statistics over all classes."""
     m, r = whole.m, whole.r
-    log_t = jnp.log1p(r) + (m - m)  # NaN where m is
+    log_t = jnp.log1p(r)
 
     found: dict[str, Array] = {}
     for name in names:
@@ -296,11 +301,32 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
             found[name] = -((m - whole.label_logit) + log_t)
             if name == "weighted_log_prob" and whole.label_weight is not None:
                 found[name] = whole.label_weight * limit(whole.label_weight, found[name])
-    return found
+    # A select: XLA's CPU backend would have a sum over rows that follows include all this, one row after the other.
+    return {name: jnp.where(jnp.isnan(m), jnp.nan, x) for name, x in found.items()}
 
 
-def logits_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
+class Terms(NamedTuple):
+    """What the exponentials of rows with integer labels are made of, where it is kept for the gradient."""
+
+    e: Array  # [..., V]: on a CPU exp(z - m) / factor, but at the label; elsewhere z
+    factor: Array  # [...]: a constant
+    e_y: Array  # [...]
+
+
+class Exponentials(NamedTuple):
+    """What is left of them for a gradient."""
+
+    e: Array  # [..., V]: exp(z - m) / factor; of the label only where its entry is one
+    e_y: Array  # [..., 1]
+    factor: Array  # [..., 1]
+
+
+def logits_gradient(
+    block: Block, whole: Partial, g: dict[str, Array], exponentials: Exponentials | None = None
+) -> Array:
     """d/dz_j of sum over the statistics of g * statistic, for the classes of a block: the gradient rule.
+
+    With `exponentials` the logits are read for the entropy and for distributions only.
 
     Derivation. log p_j = z_j - m - log1p(r) and dp_k/dz_j = p_k (1[k = j] - p_j), so
 
@@ -315,31 +341,35 @@ def logits_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
     """
     z = block.wide_logits()
     m, r = whole.m[..., None], whole.r[..., None]
-    e = exp_difference(z, m)
-    share = 1 / (1 + r)  # p = share e: what can be done per row is not done per class
+    factor: float | Array = 1.0
+    if exponentials is not None:
+        e, e_y, factor = exponentials
+    else:
+        e = exp_difference(z, m)
+        e_y = None if whole.label_logit is None else exp_difference(whole.label_logit, whole.m)[..., None]
+    share = factor / (1 + r)  # p = share e: what can be done per row is not done per class
     g = {name: x[..., None] for name, x in g.items()}
-    terms = []
+    found = []
     if "log_normalizer" in g:
-        terms.append((g["log_normalizer"] * share) * e)
+        found.append((g["log_normalizer"] * share) * e)
     if "mean_log_prob" in g:
         per_class, mass = g["mean_log_prob"] / whole.classes[..., None], whole.targets["mean_log_prob"].mass
-        terms.append(per_class * block.target("mean_log_prob", z.dtype))
-        terms.append(-(per_class * mass[..., None] * share) * e)
+        found.append(per_class * block.target("mean_log_prob", z.dtype))
+        found.append(-(per_class * mass[..., None] * share) * e)
     if "entropy" in g:
         log_p, entropy = (z - m) - jnp.log1p(r), finish(("entropy",), whole)["entropy"]
-        terms.append(-(g["entropy"] * share) * product_or_zero(e, log_p + entropy[..., None]))
+        found.append(-(g["entropy"] * share) * product_or_zero(e, log_p + entropy[..., None]))
     for name in ("log_prob", "weighted_log_prob"):
         if name in g and block.label is not None:
             scale = g[name]
             if name == "weighted_log_prob" and whole.label_weight is not None:
                 scale = scale * whole.label_weight[..., None]
-            e_y = exp_difference(whole.label_logit, whole.m)[..., None]
-            terms.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
+            found.append(-(scale * share) * jnp.where(block.hit(), -divided((1 - e_y) + r, factor), e))
         elif name in g:
             t, mass = block.target(name, z.dtype), whole.targets[name].mass[..., None]
             not_p = ((1 - e) + r) * share
-            terms.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * share * e))
-    return sum(terms[1:], start=terms[0])
+            found.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * share * e))
+    return sum(found[1:], start=found[0])
 
 
 def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:

@@ -38,12 +38,12 @@ def compiled(name, rows, classes, gradient, donate=()):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_temporary_memory(name):
-    """2 MB beside 262 MB of logits: forward; with the gradient; with the gradient in the logits' place."""
+    """3 MB beside 262 MB of logits: forward; with the gradient; with the gradient in the logits' place."""
     forward = compiled(name, N, V, False).memory_analysis()
     backward = compiled(name, N, V, True).memory_analysis()
     donated = compiled(name, N, V, True, (0,)).memory_analysis()
     for memory in (forward, backward, donated):
-        assert memory.temp_size_in_bytes <= 2_000_000
+        assert memory.temp_size_in_bytes <= 3_100_000
     assert forward.output_size_in_bytes < 100
     assert backward.output_size_in_bytes < 4 * N * V + 100
     assert donated.alias_size_in_bytes == 4 * N * V
@@ -51,7 +51,7 @@ def test_temporary_memory(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_million_classes(name):
-    """Nothing larger than the logits; forward nothing as large, with a gradient nothing but that."""
+    """Nothing larger than the logits; forward nothing as large, with a gradient one memory: exponentials, then it."""
     rows, classes = 32, 1_000_000
     f = jax.value_and_grad(mean_loss(LOSSES[name]))
     largest = max(np.prod(aval.shape) for aval in avals(jax.make_jaxpr(f)(*shapes(rows, classes)).jaxpr))
@@ -61,7 +61,7 @@ def test_a_million_classes(name):
         memory = program.memory_analysis()
         assert memory.temp_size_in_bytes < classes  # a byte for each class of one row
         assert memory.output_size_in_bytes < 4 * rows * classes * gradient + 100
-        assert buffers(program, (rows, classes)) == gradient
+        assert buffers(program, (rows, classes)) == 2 * gradient
 
 
 def buffers(program, shape):
@@ -114,7 +114,7 @@ def test_statistics_that_are_not_read_cost_nothing(gradient):
     mean = jax.value_and_grad(mean) if gradient else mean
     cost = jax.jit(mean).lower(*shapes(64, 4096)).compile(QUICK).cost_analysis()
     assert alone[0] == pytest.approx(cost["flops"] / (64 * 4096), rel=1e-3)
-    assert alone[1] == pytest.approx(1 + gradient, rel=0.05)  # exp of each logit once, again for the gradient
+    assert alone[1] == pytest.approx(1, rel=0.05)  # exp of each logit once
     for name in READS:
         if name != "log_prob":
             assert operations(name, gradient)[0] > alone[0] + 1, name
@@ -146,18 +146,20 @@ def test_checks_that_nobody_asked_for_compile_to_nothing(classes, gradient, monk
 
     with_checks = count()
     called = []
-    monkeypatch.setattr(contracts, "debug_check_labels", lambda *_: called.append(1))
+    monkeypatch.setattr(contracts, "explained_labels", lambda _, labels, *__: (called.append(1), labels)[1])
     assert count() == with_checks
     assert called
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
 def test_other_platforms_get_one_fused_pass(platform):
-    """Sums in groups, and the gathers that belong to them, are for the CPU."""
-    f = jax.value_and_grad(mean_loss(LOSSES["smoothing and z-loss"]))
-    traced = jax.jit(f).trace(*shapes(64, 4096))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert "gather" not in text
-    assert not re.search(r"tensor<64x\d+x\d+xf32>", text)
-    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    """Sums in groups, gathers and scatters are for the CPU."""
+    mean = mean_loss(LOSSES["smoothing and z-loss"])
+    forward, both = (jax.jit(f).trace(*shapes(64, 4096)) for f in (mean, jax.value_and_grad(mean)))
+    for traced in (forward, both):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "gather" not in text and "scatter" not in text
+        assert not re.search(r"tensor<64x\d+x\d+xf32>", text)
+    on_cpu = forward.lower(lowering_platforms=("cpu",)).as_text()
     assert "gather" in on_cpu and re.search(r"tensor<64x\d+x\d+xf32>", on_cpu)
+    assert "scatter" in both.lower(lowering_platforms=("cpu",)).as_text()

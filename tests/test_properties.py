@@ -139,7 +139,9 @@ def test_gradient_rows_sum_to_zero(seed, scale):
     z, labels, q, _ = draw(seed, scale)
     for targets, options in ((labels, {}), (labels, {"label_smoothing": 0.25}), (q, {})):
         gradient = grad(z, targets, cotangent=np.ones(N), **options)[0].astype(np.float64)
-        harness.assert_within(gradient.sum(-1), np.zeros(N), 8 * EPS * np.abs(gradient).sum(-1))
+        # XLA may flush what is below `tiny` to 0
+        allowed = 8 * EPS * np.abs(gradient).sum(-1) + np.finfo(np.float32).tiny
+        harness.assert_within(gradient.sum(-1), np.zeros(N), allowed)
 
 
 @settings

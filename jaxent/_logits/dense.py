@@ -1,7 +1,6 @@
 """Logits that are an array `[..., V]`, with all classes in one place."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -9,15 +8,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._derivatives import varying_like, with_forward_mode, zeros_like_any
-from .._devices import lanes, spread
-from .._numerics import exp_difference
+from .._devices import largest, spread
+from .._numerics import accumulation_dtype, exp_difference
 from .._rows import keep_gradient
 from .._statistics import (
     INTEGER_STATISTICS,
     Block,
+    Exponentials,
     LabelLane,
     Partial,
     SoftmaxStatistics,
+    Terms,
     detached_max,
     distribution_gradient,
     finish,
@@ -25,8 +26,10 @@ from .._statistics import (
     max_and_rest,
     partial_statistics,
     poison,
+    rest,
     select_label,
 )
+from . import dense_on_cpu
 
 
 def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
@@ -77,12 +80,24 @@ def _whole(names: tuple[str, ...], block: Block) -> Partial:
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
-    whole = _whole(names, hide(block, counts))
-    return finish(names, whole), (block, counts, whole)
+    if not _keeps_terms(names, block):
+        whole = _whole(names, hide(block, counts))
+        return finish(names, whole), (block, counts, whole, None)
+    hidden = hide(block, counts)
+    part = partial_statistics(names, hidden, _max_and_no_rest, _gather_label_on_cpu)
+    whole = poison(part, block.label)
+    z, lane = hidden.wide_logits(), (block.label, part.label_logit)
+    r, terms = _rest_and_terms(z, part.m, whole.m, *lane)
+    whole = whole._replace(r=r)
+    return finish(names, whole), (block._replace(logits=None), counts, whole, terms)
 
 
 def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tuple[Any, None]:
-    block, counts, whole = residuals
+    block, counts, whole, terms = residuals
+    exponentials = None
+    if terms is not None:
+        block = block._replace(logits=terms.e)
+        exponentials = _exponentials(names, whole.m, block.label, terms)
     block = hide(block, counts)
 
     def of_counting_rows(x: Array, like: Array) -> Array:
@@ -92,7 +107,7 @@ def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tu
 
     q = block.distribution
     d_q = None if q is None else of_counting_rows(distribution_gradient(block, whole, g), q)
-    d_z = of_counting_rows(logits_gradient(block, whole, g), block.logits)
+    d_z = of_counting_rows(logits_gradient(block, whole, g, exponentials), block.logits)
     d_weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
     return Block(d_z, None, d_q, d_weights, None), None
 
@@ -115,91 +130,89 @@ def _zeros(names: tuple[str, ...], *inputs: Any) -> dict[str, Array]:
 
 # without symbolic zeros, which an eager shard_map does not take
 _slope_rule = jax.custom_vjp(_zeros, nondiff_argnums=(0,))
-_slope_rule.defvjp(lambda names, *x: (_zeros(names, *x), x), lambda *x: (*_backward(*x), None))
+_slope_rule.defvjp(lambda names, *x: (_zeros(names, *x), (*x, None)), lambda *x: (*_backward(*x), None))
 _slope = with_forward_mode(_slope_rule)
 
 
-# On one CPU, XLA hands a reduction to its fast library only where everything in it is plain float arithmetic: a
-# select or comparison in front makes it write out an N x V array. So there m and r come from sums over groups of
-# classes, and only the group that holds the maximum is looked at lane by lane. Elsewhere one fused pass is best, and
-# a group or gather along a class axis that is split would move the logits.
+# What XLA's CPU backend is fast at is apart, in dense_on_cpu. Elsewhere one fused pass is best; and where the class
+# axis may be split, a group or gather along it would move the logits.
 
 
 @detached_max
 def platform_max_and_rest(z: Array, lane: LabelLane) -> tuple[Array, Array]:
-    if spread(z).possible > 1:
+    if spread(z).possible > 1 or z.shape[-1] > dense_on_cpu.MOST_CLASSES:
         return max_and_rest(z, lane)
-    return lax.platform_dependent(z, lane, cpu=_max_and_rest_on_cpu, default=max_and_rest)
+    return lax.platform_dependent(z, lane, cpu=dense_on_cpu.max_and_rest, default=max_and_rest)
 
 
 def platform_select_label(z: Array, block: Block) -> Array:
     if spread((z, block.label)).possible > 1:
         return select_label(z, block.hit())
 
-    def gather(z: Array, label: Array) -> Array:
-        lane = jnp.clip(label, 0, z.shape[-1] - 1)
-        found = jnp.take_along_axis(z, lane[..., None], -1, mode="promise_in_bounds")[..., 0]
-        return jnp.where(label == lane, found, -jnp.inf)
-
-    def select(z: Array, label: Array) -> Array:
-        return select_label(z, Block(z, label).hit())
-
-    return lax.platform_dependent(z, block.label, cpu=gather, default=select)
+    return lax.platform_dependent(z, block.label, cpu=dense_on_cpu.select_label, default=_select_label)
 
 
-def _max_and_rest_on_cpu(z: Array, _: LabelLane) -> tuple[Array, Array]:
-    size = _group_size(z.shape[-1])
-    if size is None:
-        m = jnp.max(z, -1)
-        r = _rest(z, m[..., None])
-    else:
-        m, r = _max_and_rest_by_groups(size, z)
-    return m, jnp.where(m == -jnp.inf, -1, r)
+def _gather_label_on_cpu(z: Array, block: Block) -> Array:
+    how = {"cpu": dense_on_cpu.gather_label, "default": _select_label}
+    return lax.platform_dependent(z, block.label, **how)
 
 
-@functools.cache
-def _group_size(classes: int) -> int | None:
-    """The divisor of `classes` nearest to sqrt(classes); None where there is none, or too few classes."""
-    if classes < 256:
-        return None
-    divisors = [d for d in range(16, classes // 8 + 1) if classes % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d * d / classes)), default=None)
+def _select_label(z: Array, label: Array) -> Array:
+    return select_label(z, Block(z, label).hit())
 
 
-def _max_and_rest_by_groups(size: int, z: Array) -> tuple[Array, Array]:
-    """m and r of `[..., V]`, the group of the maximum apart from all the other groups of `size` classes.
+def _keeps_terms(names: tuple[str, ...], block: Block) -> bool:
+    """Whether a CPU keeps exponentials for the gradient, in place of the logits; elsewhere these are kept.
 
-    With m' the maximum of the others, their sum is exp(m' - m) sum_j exp(z_j - m'). The terms that matter have a
-    small z_j - m', whose rounding is harmless, and m' - m is compensated.
+    A CPU is as slow at an exp as at memory, so they are not made twice. The array becomes the gradient.
     """
-    groups = z.reshape(*z.shape[:-1], z.shape[-1] // size, size)
-    tops = jnp.max(groups, -1)  # [..., G]
-    g = jnp.argmax(tops, -1)[..., None]
-    m = jnp.take_along_axis(tops, g, -1)  # the maximum of maxima XLA would take from the logits once more
-    other = lanes(tops, g.dtype) != g
-    m_other = jnp.max(jnp.where(other, tops, jnp.finfo(z.dtype).min), -1, keepdims=True)
-    sums = jnp.sum(jnp.exp(groups - m_other[..., None]), -1)  # of the group of m it may be inf
-    others = jnp.sum(jnp.where(other, sums, 0), -1) * exp_difference(m_other, m)[..., 0]
-    top = jnp.take_along_axis(groups, g[..., None], -2)[..., 0, :]
-    return m[..., 0], others + _rest(top, m)
+    z, of_label = block.logits, {"log_prob", "weighted_log_prob"} & set(names)
+    return (
+        block.label is not None
+        and bool(of_label)
+        and "entropy" not in names
+        and z.dtype == accumulation_dtype(z.dtype)
+        and spread((z, block.label)).possible == 1
+    )
 
 
-def _rest(z: Array, m: Array) -> Array:
-    """sum_j exp(z_j - m) - 1 in one reduction, which reads z as it is made: no temporary.
+def _max_and_no_rest(z: Array, _: LabelLane) -> tuple[Array, Array]:
+    m = lax.stop_gradient(largest(z))
+    return m, m
 
-    Two reductions that share the comparison with m would have it written out. XLA adds the terms up one after the
-    other, so the rounding errors are added up beside them.
-    """
-    top = z == m
-    e = jnp.where(top, 0, exp_difference(z, m))
-    zero = jnp.zeros((), z.dtype)
 
-    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-        total = a[0] + b[0]
-        virtual = total - a[0]
-        lost = (a[0] - (total - virtual)) + (b[0] - virtual)
-        return total, a[1] + b[1] + lost, a[2] + b[2]
+@jax.custom_jvp
+def _rest_and_terms(z: Array, m: Array, poisoned_m: Array, label: Array, z_y: Array) -> tuple[Array, Terms]:
+    def on_cpu(z: Array, _: Array, m: Array, *lane: Array) -> tuple[Array, Terms]:
+        # m waits for all that reads the logits, so that they may be overwritten
+        m = jnp.where(jnp.isnan(lane[1]), jnp.nan, m)
+        return dense_on_cpu.rest_and_terms(z, m, *lane)
 
-    terms = (e, jnp.zeros_like(e), top.astype(z.dtype))
-    total, lost, ties = lax.reduce(terms, (zero, zero, zero), add, (z.ndim - 1,))
-    return (total + lost) + (ties - 1)
+    def elsewhere(z: Array, m: Array, _: Array, label: Array, z_y: Array) -> tuple[Array, Terms]:
+        return rest(z, m, (label, z_y)), Terms(z, jnp.ones_like(m), exp_difference(z_y, m))
+
+    return lax.platform_dependent(z, m, poisoned_m, label, z_y, cpu=on_cpu, default=elsewhere)
+
+
+@_rest_and_terms.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    """As `detached_max`."""
+    z, m, _, _, _ = primals
+    dz, *_, dz_y = tangents
+    r, terms = _rest_and_terms(*primals)
+    de = lax.platform_dependent(terms.e, dz, cpu=jnp.multiply, default=lambda _, dz: dz)
+    dr = jnp.sum(exp_difference(z, m[..., None]) * dz, -1)
+    return (r, terms), (dr, Terms(de, jnp.zeros_like(m), terms.e_y * dz_y))
+
+
+def _exponentials(names: tuple[str, ...], m: Array, label: Array, terms: Terms) -> Exponentials:
+    def on_cpu(_: Array, label: Array, terms: Terms) -> Array:
+        # of log p_y the label's entry is no exponential
+        everywhere = {"log_normalizer", "mean_log_prob"} & set(names)
+        return dense_on_cpu.exponentials(label, terms) if everywhere else terms.e
+
+    def elsewhere(m: Array, _: Array, terms: Terms) -> Array:
+        return exp_difference(terms.e, m[..., None])
+
+    e = lax.platform_dependent(m, label, terms, cpu=on_cpu, default=elsewhere)
+    return Exponentials(e, terms.e_y[..., None], lax.stop_gradient(terms.factor)[..., None])
