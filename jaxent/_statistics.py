@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._devices import lanes, largest
-from ._numerics import divided, exp_difference, limit, over_rows, product_or_zero, widen
+from ._numerics import exp_difference, limit, over_rows, product_or_zero, widen
 from ._rows import keep, take_class
 
 
@@ -308,17 +308,14 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
 class Terms(NamedTuple):
     """What the exponentials of rows with integer labels are made of, where it is kept for the gradient."""
 
-    e: Array  # [..., V]: on a CPU exp(z - m) / factor, but at the label; elsewhere z
-    factor: Array  # [...]: a constant
+    kept: Array  # [..., V]: on a CPU exp(z - m) / factor, but at the label; elsewhere z
+    factor: Array  # [...]
     e_y: Array  # [...]
 
 
 class Exponentials(NamedTuple):
-    """What is left of them for a gradient."""
-
-    e: Array  # [..., V]: exp(z - m) / factor; of the label only where its entry is one
+    e: Array  # [..., V]; of the label only where its entry of the gradient is one
     e_y: Array  # [..., 1]
-    factor: Array  # [..., 1]
 
 
 def logits_gradient(
@@ -341,13 +338,12 @@ def logits_gradient(
     """
     z = block.wide_logits()
     m, r = whole.m[..., None], whole.r[..., None]
-    factor: float | Array = 1.0
     if exponentials is not None:
-        e, e_y, factor = exponentials
+        e, e_y = exponentials
     else:
         e = exp_difference(z, m)
         e_y = None if whole.label_logit is None else exp_difference(whole.label_logit, whole.m)[..., None]
-    share = factor / (1 + r)  # p = share e: what can be done per row is not done per class
+    share = 1 / (1 + r)  # p = share e: what can be done per row is not done per class
     g = {name: x[..., None] for name, x in g.items()}
     found = []
     if "log_normalizer" in g:
@@ -364,7 +360,7 @@ def logits_gradient(
             scale = g[name]
             if name == "weighted_log_prob" and whole.label_weight is not None:
                 scale = scale * whole.label_weight[..., None]
-            found.append(-(scale * share) * jnp.where(block.hit(), -divided((1 - e_y) + r, factor), e))
+            found.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
         elif name in g:
             t, mass = block.target(name, z.dtype), whole.targets[name].mass[..., None]
             not_p = ((1 - e) + r) * share

@@ -145,6 +145,16 @@ def test_logits_exponentials_and_gradient_are_one_array(n, d, v, options):
     assert program.memory_analysis().temp_size_in_bytes <= 1.02 * 4 * n * v
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("v", [1000, 32_000, 32_003])
+def test_half_logits_are_written_out_once(v, gradient):
+    """In float32, which the library takes; optax has two such arrays, where it has a gradient."""
+    mean = functools.partial(jaxent.softmax_cross_entropy, reduction="mean")
+    z, y = jax.ShapeDtypeStruct((512, v), jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.int32)
+    program = jax.jit(jax.value_and_grad(mean) if gradient else mean).lower(z, y).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= 1.04 * 4 * 512 * v
+
+
 @pytest.mark.parametrize("v", [10, 1000])
 def test_second_derivatives_of_what_is_kept(v):
     """The gradient is made of kept exponentials; its derivative is that of the softmax."""
@@ -162,3 +172,55 @@ def test_second_derivatives_of_what_is_kept(v):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     (again,) = jax.vjp(jax.grad(loss), z)[1](t)
     np.testing.assert_allclose(again, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-25])
+@pytest.mark.parametrize("top", [20.0, 50, 80, 1e4])
+def test_small_cotangents_beside_large_logits(top, scale):
+    """The factor between an anchor and the maximum, up to exp(-60), times a cotangent would be flushed to 0."""
+    z = np.zeros((1, 33), np.float32)
+    z[0, :3] = top, top - 1, top - 3
+    gradient = jax.jit(jax.grad(lambda z: scale * jaxent.softmax_cross_entropy(z, jnp.array([1])).sum()))(z)
+    e = np.exp(z.astype(np.float64) - top)
+    want = e / e.sum() - (np.arange(33) == 1)
+    np.testing.assert_allclose(np.float64(gradient) / scale, want, rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("gap", [1e-30, 1e-36, 1e-38, 1e-42])
+@pytest.mark.parametrize("v", [3, 100, 1000, 4099, 8192])
+def test_maxima_that_are_all_but_tied(v, gap):
+    z = np.full((2, v), -100, np.float32)
+    z[:, 0], z[0, v // 2], z[1, -1] = 0, -gap, -gap
+    statistics = jax.jit(functools.partial(jaxent.softmax_statistics))(z)
+    np.testing.assert_allclose(statistics.log_normalizer, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(statistics.entropy, np.log(2), rtol=1e-6)
+
+
+def test_float64_keeps_its_digits_far_below_the_maximum():
+    z = np.full((1, 40), -900.0)
+    z[0, :3] = 600.37, 0.12345678912345, -1.7
+    with jax.enable_x64(True):
+        loss = jax.jit(jaxent.softmax_cross_entropy)(z, np.array([0]))
+        gradient = jax.jit(jax.grad(lambda z: jaxent.softmax_cross_entropy(z, np.array([0])).sum()))(
+            jnp.asarray(z)
+        )
+    want = np.exp(z[0].astype(np.longdouble) - z[0, 0])[1:]
+    np.testing.assert_allclose(loss, np.float64(want.sum()), rtol=1e-15)
+    np.testing.assert_allclose(gradient[0, 1:3], np.float64(want[:2]), rtol=1e-15)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.0}])
+def test_one_class_has_no_gradient(options):
+    z = jnp.array([[0.7], [-2.3], [70.3], [0.1]])
+    f = lambda z: jaxent.softmax_cross_entropy(z, jnp.zeros(4, int), **options).sum()  # noqa: E731
+    assert (jax.grad(f)(z) == 0).all() and (jax.jit(jax.grad(f))(z) == 0).all()
+
+
+@pytest.mark.parametrize("v", [1, 5, 40, 4099, 8192])
+def test_no_infinity_on_the_way(v):
+    """jax may be told to stop at one."""
+    z = jnp.zeros((4, v)).at[0, 0].set(-1e5)
+    y = jnp.zeros(4, int)
+    with jax.debug_infs(True):
+        jax.block_until_ready(jaxent.softmax_entropy(z))
+        jax.block_until_ready(jax.value_and_grad(lambda z: jaxent.softmax_cross_entropy(z, y).sum())(z))

@@ -84,10 +84,10 @@ def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tupl
         whole = _whole(names, hide(block, counts))
         return finish(names, whole), (block, counts, whole, None)
     hidden = hide(block, counts)
-    part = partial_statistics(names, hidden, _max_and_no_rest, _gather_label_on_cpu)
+    # r comes last, as it may overwrite the logits
+    part = partial_statistics(names, hidden, _max_alone, _gather_label_on_cpu)
     whole = poison(part, block.label)
-    z, lane = hidden.wide_logits(), (block.label, part.label_logit)
-    r, terms = _rest_and_terms(z, part.m, whole.m, *lane)
+    r, terms = _rest_and_terms(hidden.wide_logits(), part.m, whole.m, block.label, part.label_logit)
     whole = whole._replace(r=r)
     return finish(names, whole), (block._replace(logits=None), counts, whole, terms)
 
@@ -96,7 +96,7 @@ def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tu
     block, counts, whole, terms = residuals
     exponentials = None
     if terms is not None:
-        block = block._replace(logits=terms.e)
+        block = block._replace(logits=terms.kept)  # of which the shape is read
         exponentials = _exponentials(names, whole.m, block.label, terms)
     block = hide(block, counts)
 
@@ -172,23 +172,27 @@ def _keeps_terms(names: tuple[str, ...], block: Block) -> bool:
         and bool(of_label)
         and "entropy" not in names
         and z.dtype == accumulation_dtype(z.dtype)
+        and z.shape[-1] <= dense_on_cpu.MOST_CLASSES
         and spread((z, block.label)).possible == 1
     )
 
 
-def _max_and_no_rest(z: Array, _: LabelLane) -> tuple[Array, Array]:
+def _max_alone(z: Array, _: LabelLane) -> tuple[Array, Array]:
     m = lax.stop_gradient(largest(z))
-    return m, m
+    return m, jnp.zeros_like(m)
 
 
 @jax.custom_jvp
 def _rest_and_terms(z: Array, m: Array, poisoned_m: Array, label: Array, z_y: Array) -> tuple[Array, Terms]:
-    def on_cpu(z: Array, _: Array, m: Array, *lane: Array) -> tuple[Array, Terms]:
-        # m waits for all that reads the logits, so that they may be overwritten
-        m = jnp.where(jnp.isnan(lane[1]), jnp.nan, m)
-        return dense_on_cpu.rest_and_terms(z, m, *lane)
+    """r, and what is kept. `poisoned_m`, m or NaN, is made of all that has been read of the logits."""
 
-    def elsewhere(z: Array, m: Array, _: Array, label: Array, z_y: Array) -> tuple[Array, Terms]:
+    def on_cpu(z: Array, m: Array, poisoned_m: Array, label: Array, z_y: Array) -> tuple[Array, Terms]:
+        waiting_m = jnp.where(
+            jnp.isnan(z_y), jnp.nan, poisoned_m
+        )  # for them, so that they may be overwritten
+        return dense_on_cpu.rest_and_terms(z, waiting_m, label, z_y)
+
+    def elsewhere(z: Array, m: Array, poisoned_m: Array, label: Array, z_y: Array) -> tuple[Array, Terms]:
         return rest(z, m, (label, z_y)), Terms(z, jnp.ones_like(m), exp_difference(z_y, m))
 
     return lax.platform_dependent(z, m, poisoned_m, label, z_y, cpu=on_cpu, default=elsewhere)
@@ -197,22 +201,24 @@ def _rest_and_terms(z: Array, m: Array, poisoned_m: Array, label: Array, z_y: Ar
 @_rest_and_terms.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     """As `detached_max`."""
-    z, m, _, _, _ = primals
+    z, m, *_ = primals
     dz, *_, dz_y = tangents
     r, terms = _rest_and_terms(*primals)
-    de = lax.platform_dependent(terms.e, dz, cpu=jnp.multiply, default=lambda _, dz: dz)
+    kept = lax.platform_dependent(terms.kept, dz, cpu=jnp.multiply, default=lambda _, dz: dz)
     dr = jnp.sum(exp_difference(z, m[..., None]) * dz, -1)
-    return (r, terms), (dr, Terms(de, jnp.zeros_like(m), terms.e_y * dz_y))
+    return (r, terms), (dr, Terms(kept, jnp.zeros_like(m), terms.e_y * dz_y))
 
 
 def _exponentials(names: tuple[str, ...], m: Array, label: Array, terms: Terms) -> Exponentials:
+    e_y = terms.e_y[..., None]
+
     def on_cpu(_: Array, label: Array, terms: Terms) -> Array:
-        # of log p_y the label's entry is no exponential
-        everywhere = {"log_normalizer", "mean_log_prob"} & set(names)
-        return dense_on_cpu.exponentials(label, terms) if everywhere else terms.e
+        e = dense_on_cpu.exponentials(terms)
+        if {"log_normalizer", "mean_log_prob"} & set(names):  # the label's entry of log p_y is no exponential
+            e = jnp.where(Block(e, label).hit(), terms.e_y[..., None], e)
+        return e
 
     def elsewhere(m: Array, _: Array, terms: Terms) -> Array:
-        return exp_difference(terms.e, m[..., None])
+        return exp_difference(terms.kept, m[..., None])
 
-    e = lax.platform_dependent(m, label, terms, cpu=on_cpu, default=elsewhere)
-    return Exponentials(e, terms.e_y[..., None], lax.stop_gradient(terms.factor)[..., None])
+    return Exponentials(lax.platform_dependent(m, label, terms, cpu=on_cpu, default=elsewhere), e_y)

@@ -20,19 +20,25 @@ FEW_CLASSES = 16  # which are done one by one, in one loop over the rows
 MANY_CLASSES = 4096  # whose sums are taken in groups
 SMALL = 2**25  # bytes: logits of which it does not matter whether there is a second array as large
 MOST_CLASSES = 2**24  # that float32 can count
-REACH = 60  # how far below the maximum an anchor may lie: exp(60) times 2^37 is finite in float32
-BEYOND = 2.0**100  # more than a sum of such terms over a group
+REACH = {
+    4: 60,
+    8: 600,
+}  # by bytes of the dtype: how far below the maximum an anchor may lie; exp of it is finite,
+BEYOND = {
+    4: 2.0**100,
+    8: 2.0**900,
+}  # a sum of MOST_CLASSES of them less than this, and this times MOST_CLASSES finite
 
 
 def anchor(m: Array) -> Array:
-    """c such that z - c has no rounding error that matters, for all z that matter: m - 72 < z <= m.
+    """c such that z - c has no rounding error that matters, for all z that matter (in float32): m - 72 < z <= m.
 
     exp(z - m) = exp(z - c) exp(c - m). The second difference is exact, and one per row. So is the first: c = 0 leaves
     z as it is. A whole number c has no digits that z lacks, so where |z - c| <= |z| it is exact: for m <= 0 with c the
     next number towards 0, as z <= m <= c; for m > 60 with c = m - 60 or less, where z >= c. What lies below that c is
     within 13 of it.
     """
-    c = jnp.trunc(jnp.minimum(m, jnp.maximum(m - REACH, 0)))
+    c = jnp.trunc(jnp.minimum(m, jnp.maximum(m - REACH[m.dtype.itemsize], 0)))
     return jnp.where(jnp.isfinite(m), c, 0)
 
 
@@ -64,24 +70,28 @@ def rest_and_terms(z: Array, m: Array, label: Array, z_y: Array) -> tuple[Array,
     return _rest(m, others, terms.factor, terms.e_y), terms
 
 
-def exponentials(label: Array, terms: Terms) -> Array:
-    """exp(z - m) / factor, of the label as well."""
-    return jnp.where(_hit(terms.e, label), (terms.e_y / terms.factor)[..., None], terms.e)
+def exponentials(terms: Terms) -> Array:
+    """exp(z - m) of all classes but the label."""
+    return terms.factor[..., None] * terms.kept
 
 
 def select_label(z: Array, label: Array) -> Array:
     """As `_statistics.select_label`."""
     if z.shape[-1] > FEW_CLASSES:
         return gather_label(z, label)
-    found = jnp.full(label.shape, -jnp.inf, z.dtype)
-    for j in range(z.shape[-1]):
+    found = z[..., 0]
+    for j in range(1, z.shape[-1]):
         found = jnp.where(label == j, z[..., j], found)
-    return found
+    return _in_range(label, z, found)
 
 
 def gather_label(z: Array, label: Array) -> Array:
     """As `_statistics.select_label`."""
     found = z.at[_at(label, z)].get(mode="promise_in_bounds")
+    return _in_range(label, z, found)
+
+
+def _in_range(label: Array, z: Array, found: Array) -> Array:
     return jnp.where((label >= 0) & (label < z.shape[-1]), found, -jnp.inf)
 
 
@@ -126,9 +136,11 @@ def _by_groups(size: int, z: Array, lane: LabelLane) -> tuple[Array, Array]:
     """Only the group that holds the lane is looked at again without it."""
     groups = z.reshape(*z.shape[:-1], z.shape[-1] // size, size)
     tops = jnp.max(groups, -1)  # [..., G]
-    m = jnp.max(tops, -1)
+    top = jnp.argmax(tops, -1)
+    # the maximum of maxima XLA would take from the logits once more; of bfloat16 ones from another copy in float32
+    m = jnp.take_along_axis(tops, top[..., None], -1)[..., 0]
     c = anchor(m)
-    g = jnp.argmax(tops, -1) if lane is None else jnp.clip(lane[0] // size, 0, tops.shape[-1] - 1)
+    g = top if lane is None else jnp.clip(lane[0] // size, 0, tops.shape[-1] - 1)
     its = jnp.take_along_axis(groups, g[..., None, None], -2)[..., 0, :]
     k, z_k = (jnp.argmax(its, -1), m) if lane is None else (lane[0] - g * size, lane[1])
     sums = jnp.sum(jnp.exp(groups - c[..., None, None]), -1)
@@ -142,14 +154,18 @@ def _sum_without(k: Array, terms: Array) -> Array:
 
     The library's minimum gives its second argument where that is NaN.
     """
-    j = lax.broadcasted_iota(terms.dtype, terms.shape, terms.ndim - 1) * BEYOND
-    return jnp.sum(jnp.minimum(jnp.abs(j - (k.astype(terms.dtype) * BEYOND)[..., None]), terms), -1)
+    beyond = BEYOND[terms.dtype.itemsize]
+    j = lax.broadcasted_iota(terms.dtype, terms.shape, terms.ndim - 1) * beyond
+    return jnp.sum(jnp.minimum(jnp.abs(j - (k.astype(terms.dtype) * beyond)[..., None]), terms), -1)
 
 
 def _where_largest(z: Array, m: Array) -> Array:
-    """A class of the largest logit: anywhere else (z - m) times a large number outweighs the class's own."""
-    most = float(jnp.finfo(z.dtype).max)
-    return jnp.round(jnp.max(lanes(z, z.dtype) + (z - m[..., None]) * most, -1))
+    """A class of the largest logit: anywhere else (z - m) times 1e68, at least -1e30, outweighs the class's own.
+
+    Bounded twice, so that nothing is infinite, and that XLA does not multiply the two factors.
+    """
+    below = jnp.maximum(jnp.maximum(z - m[..., None], -1) * 1e38, -1) * 1e30
+    return jnp.max(lanes(z, z.dtype) + below, -1)
 
 
 @functools.cache
