@@ -1,9 +1,9 @@
 """Values that explain themselves under `checkify`, and cost nothing anywhere else.
 
 `checkify.debug_check` would do, but for its effect: jax calls a compiled function that has one from Python, array by
-array, which takes 6 times as long (the step of a model of 300 arrays: 3.8 ms instead of 0.65). So the check is a
-primitive without effect, the identity, which only checkify reads. How jax's checkify meets a primitive that it does not
-know is not public; where that is not found, bad labels are not explained, only NaN. tests/test_errors.py guards it.
+array, which takes several times as long (docs/benchmarks.md). So the check is a primitive without effect, the identity,
+which only checkify reads. How jax's checkify meets a primitive that it does not know is not public; where that is not
+found, bad labels are not explained, only NaN. tests/test_errors.py guards it.
 """
 
 from typing import Any

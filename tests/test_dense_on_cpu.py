@@ -224,3 +224,25 @@ def test_no_infinity_on_the_way(v):
     with jax.debug_infs(True):
         jax.block_until_ready(jaxent.softmax_entropy(z))
         jax.block_until_ready(jax.value_and_grad(lambda z: jaxent.softmax_cross_entropy(z, y).sum())(z))
+
+
+@pytest.mark.parametrize("v", [2, 10, 1000, 4096])
+@pytest.mark.parametrize("spec", [("rows",), ("rows", "classes")], ids=str)
+def test_an_explicit_mesh_of_one_device(v, spec):
+    """Its arrays say how they are split, which gathers, and columns put together, would have to repeat."""
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 1), ("rows", "classes"), devices=jax.devices()[:1], axis_types=kinds)
+    z, label = rows(v, "ordinary")
+    losses = {
+        "plain": lambda z, y: jaxent.softmax_cross_entropy(z, y).sum(),
+        "options": lambda z, y: jaxent.softmax_cross_entropy(z, y, label_smoothing=0.1, z_loss=1e-3).sum(),
+        "entropy": lambda z, _: jaxent.softmax_entropy(z).sum(),
+    }
+    want = {name: jax.value_and_grad(f)(z, label) for name, f in losses.items()}
+    with jax.set_mesh(mesh):
+        P = jax.sharding.PartitionSpec
+        split = [jax.device_put(x, jax.NamedSharding(mesh, P(*spec[: x.ndim]))) for x in (z, label)]
+        for name, f in losses.items():
+            got = jax.jit(jax.value_and_grad(f))(*split)
+            for one, other in zip(got, want[name], strict=True):
+                np.testing.assert_allclose(one, other, rtol=3e-6, atol=1e-6)

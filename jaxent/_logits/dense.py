@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._derivatives import varying_like, with_forward_mode, zeros_like_any
-from .._devices import largest, spread
+from .._devices import explicit_sharding, largest, spread
 from .._numerics import accumulation_dtype, exp_difference
 from .._rows import keep_gradient
 from .._statistics import (
@@ -138,15 +138,20 @@ _slope = with_forward_mode(_slope_rule)
 # axis may be split, a group or gather along it would move the logits.
 
 
+def _whole_on_one_device(*arrays: Any) -> bool:
+    """And not on an explicit mesh, even of one: jax would ask of each gather there how its result is split."""
+    return spread(arrays).possible == 1 and explicit_sharding(*arrays) is None
+
+
 @detached_max
 def platform_max_and_rest(z: Array, lane: LabelLane) -> tuple[Array, Array]:
-    if spread(z).possible > 1 or z.shape[-1] > dense_on_cpu.MOST_CLASSES:
+    if not _whole_on_one_device(z) or z.shape[-1] > dense_on_cpu.MOST_CLASSES:
         return max_and_rest(z, lane)
     return lax.platform_dependent(z, lane, cpu=dense_on_cpu.max_and_rest, default=max_and_rest)
 
 
 def platform_select_label(z: Array, block: Block) -> Array:
-    if spread((z, block.label)).possible > 1:
+    if not _whole_on_one_device(z, block.label):
         return select_label(z, block.hit())
 
     return lax.platform_dependent(z, block.label, cpu=dense_on_cpu.select_label, default=_select_label)
@@ -173,7 +178,7 @@ def _keeps_terms(names: tuple[str, ...], block: Block) -> bool:
         and "entropy" not in names
         and z.dtype == accumulation_dtype(z.dtype)
         and z.shape[-1] <= dense_on_cpu.MOST_CLASSES
-        and spread((z, block.label)).possible == 1
+        and _whole_on_one_device(z, block.label)
     )
 
 

@@ -20,14 +20,10 @@ FEW_CLASSES = 16  # which are done one by one, in one loop over the rows
 MANY_CLASSES = 4096  # whose sums are taken in groups
 SMALL = 2**25  # bytes: logits of which it does not matter whether there is a second array as large
 MOST_CLASSES = 2**24  # that float32 can count
-REACH = {
-    4: 60,
-    8: 600,
-}  # by bytes of the dtype: how far below the maximum an anchor may lie; exp of it is finite,
-BEYOND = {
-    4: 2.0**100,
-    8: 2.0**900,
-}  # a sum of MOST_CLASSES of them less than this, and this times MOST_CLASSES finite
+# By bytes of the dtype: how far below the maximum an anchor may lie, and more than a sum of MOST_CLASSES exponentials
+# from it, of which MOST_CLASSES times as much is finite.
+REACH = {4: 60, 8: 600}
+BEYOND = {4: 2.0**100, 8: 2.0**900}
 
 
 def anchor(m: Array) -> Array:
