@@ -159,10 +159,8 @@ def unfused_loss(hidden: Any, kernel: Any, labels: Any, where: Any = None) -> An
     return jnp.mean(losses) if where is None else jnp.sum(jnp.where(where, losses, 0)) / jnp.sum(where)
 
 
-def jaxent_loss(
-    hidden: Any, kernel: Any, labels: Any, where: Any = None, block_bytes: int | None = None
-) -> Any:
-    logits = jaxent.LinearLogits(hidden, kernel, block_bytes=block_bytes)
+def jaxent_loss(hidden: Any, kernel: Any, labels: Any, where: Any = None, **options: Any) -> Any:
+    logits = jaxent.LinearLogits(hidden, kernel, **options)
     return jaxent.softmax_cross_entropy(logits, labels, where=where, reduction="mean")
 
 
@@ -244,6 +242,26 @@ def dense(machine: str) -> dict[str, dict[str, Measured]]:
                 for name, f in zip(("optax", JAXENT), pair, strict=True)
             }
     return found
+
+
+def tied(machine: str, problem: Problem) -> dict[str, Measured]:
+    """Value and gradients of the mean by `hidden` and an embedding table `[V, D]`."""
+    hidden, kernel, labels, _ = problem.arguments()
+    table = jax.ShapeDtypeStruct(kernel.shape[::-1], kernel.dtype)
+
+    def transposed(loss):
+        return lambda hidden, table, labels: loss(hidden, table.T, labels)
+
+    losses = {
+        BASE: transposed(unfused_loss),
+        "jaxent, kernel=table.T": transposed(jaxent_loss),
+        "jaxent, class_axis=0": functools.partial(jaxent_loss, class_axis=0),
+    }
+    steps = {name: jax.value_and_grad(loss, (0, 1)) for name, loss in losses.items()}
+    return {
+        name: read(compile_for(mesh(machine), step, hidden, table, labels), problem)
+        for name, step in steps.items()
+    }
 
 
 def split(machine: str, problem: Problem) -> dict[str, Measured]:
@@ -398,7 +416,7 @@ def main() -> None:
     parser.add_argument(
         "--detail", type=int, default=0, metavar="N", help="the N dearest parts of each program"
     )
-    parser.add_argument("--only", choices=["linear", "dense", "split"], help="one kind of program")
+    parser.add_argument("--only", choices=["linear", "tied", "dense", "split"], help="one kind of program")
     parser.add_argument("--out", type=Path, help="where the plot goes")
     options = parser.parse_args()
     problems = [p for p in PROBLEMS if p.name in options.problems]
@@ -428,6 +446,10 @@ def main() -> None:
                 report(f"{problem.name}: bf16 {problem.shape}", found)
         if machine in all_found:
             print(f"\n{SUMMARY}\n\n{summary(all_found[machine])}", flush=True)
+        if options.only in (None, "tied"):
+            for problem in problems:
+                title = f"{problem.name}, an embedding table, bf16 {problem.shape}"
+                report(title, tied(machine, problem))
         if options.only in (None, "dense"):
             for title, found in dense(machine).items():
                 report(title, found)

@@ -70,7 +70,9 @@ def policy(params, prompts, previous, place):
     x = params["embedding"][previous] + params["prompt"][prompts] + params["place"][place]  # [..., D]
     hidden = jax.nn.relu(x @ params["w1"]) @ params["w2"]  # [..., D]
     block_bytes = 2 * 4 * BLOCK * len(params["bias"])  # logits and their gradient, float32
-    return jaxent.LinearLogits(hidden, params["embedding"].T, params["bias"], block_bytes=block_bytes)
+    return jaxent.LinearLogits(
+        hidden, params["embedding"], params["bias"], class_axis=0, block_bytes=block_bytes
+    )
 
 
 def policy_of_answers(params, prompts, actions):

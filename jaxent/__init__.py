@@ -1,5 +1,13 @@
 """Cross-entropy in every form that people train with, as pure functions for JAX."""
 
+from ._candidate_logits import CandidateColumns as CandidateColumns
+from ._candidates import CandidateLogits as CandidateLogits
+from ._candidates import candidate_columns as candidate_columns
+from ._candidates import candidate_logits as candidate_logits
+from ._candidates import nce_loss as nce_loss
+from ._candidates import sampled_softmax_cross_entropy as sampled_softmax_cross_entropy
+from ._contrastive import sigmoid_contrastive_loss as sigmoid_contrastive_loss
+from ._contrastive import softmax_contrastive_loss as softmax_contrastive_loss
 from ._diagnose import Diagnosis as Diagnosis
 from ._diagnose import Finding as Finding
 from ._diagnose import diagnose as diagnose
@@ -15,10 +23,15 @@ from ._probability import kl_divergence as kl_divergence
 from ._probability import nll_loss as nll_loss
 from ._rows import mean as mean
 from ._rows import total_weight as total_weight
+from ._samplers import Samples as Samples
+from ._samplers import learned_sampler as learned_sampler
+from ._samplers import log_uniform_sampler as log_uniform_sampler
+from ._samplers import uniform_sampler as uniform_sampler
 from ._sigmoid import sigmoid_asymmetric_loss as sigmoid_asymmetric_loss
 from ._sigmoid import sigmoid_cross_entropy as sigmoid_cross_entropy
 from ._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 from ._softmax import softmax_cross_entropy as softmax_cross_entropy
 from ._softmax import softmax_focal_loss as softmax_focal_loss
 from ._softmax import softmax_poly_loss as softmax_poly_loss
+from ._sparse import SparseDistribution as SparseDistribution
 from ._statistics import SoftmaxStatistics as SoftmaxStatistics

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ._devices import axis_names
 from ._explained import explained
 from ._numerics import accumulation_dtype, is_probability, nan_unless
 
@@ -86,6 +87,8 @@ def check_array(function: str, argument: str, x: Any) -> None:
     """An array or a scalar: not None, a list, a string."""
     if not isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
         remedy = "Pass its `.dense()`." if hasattr(x, "dense") else "Pass `jnp.asarray(...)`."
+        if hasattr(x, "probs"):
+            remedy = "The softmax losses take it as labels, KL and JS as target."
         fail(TypeError, function, argument, "an array", f"a {type(x).__name__}", remedy)
 
 
@@ -124,6 +127,12 @@ def check_option(function: str, argument: str, value: Any, ok: bool, expected: s
         fail(ValueError, function, argument, expected, repr(value), remedy)
 
 
+def check_block_bytes(function: str, argument: str, size: Any) -> None:
+    whole = size is None or (isinstance(size, int | np.integer) and bool(size > 0))
+    remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`; None leaves the choice to jaxent."
+    check_option(function, argument, size, whole, "a positive int or None", remedy)
+
+
 class Range(NamedTuple):
     """Of an option that is a number: [low, high], or (low, high] if it must be `above`; NaN is in none."""
 
@@ -148,9 +157,9 @@ def check_number(function: str, argument: str, value: Any, allowed: Range) -> No
 
 
 def number(
-    function: str, argument: str, value: Any, allowed: Range, rows: Shape = (), classes: Shape = ()
+    function: str, argument: str, value: Any, allowed: Range, rows: Shape = (), others: tuple[Shape, ...] = ()
 ) -> Number:
-    """An option as a Python float, or as an array `[]`, of `rows` or of `classes`, known at run time only.
+    """An option as a Python float, or as an array `[]`, of `rows` or of `others`, known at run time only.
 
     A Python number is checked, and part of the program. An array is a value, checked if it is numpy's; else it is NaN,
     and so are the losses, where it is out of range.
@@ -160,7 +169,7 @@ def number(
         return float(value)  # a numpy float64 would widen float32 under x64
     if not isinstance(value, jax.Array | np.ndarray) or not (is_floating(value) or is_integer(value)):
         fail(TypeError, function, argument, "a number or an array of one", what_came(value), allowed.remedy)
-    shapes = [(), *(shape for shape in (rows, classes) if shape)]
+    shapes = dict.fromkeys(((), rows, *others))
     if not any(has_shape(value, shape) for shape in shapes):
         expected = "of shape " + " or ".join(f"{list(shape)}" for shape in shapes)
         fail(ValueError, function, argument, expected, describe(value), allowed.remedy)
@@ -190,11 +199,7 @@ def check_reduction(function: str, reduction: Any) -> None:
 
 def check_axis_names(function: str, class_axis_name: Any, batch_axis_name: Any) -> None:
     """Rows cannot be split over a mapped axis that splits their classes: devices would add up those of other rows."""
-
-    def names(axis_name: Any) -> set[Any]:
-        return set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name} - {None}
-
-    if names(class_axis_name) & names(batch_axis_name):
+    if {*axis_names(class_axis_name)} & {*axis_names(batch_axis_name)}:
         remedy = (
             "A row has all its classes along `class_axis_name`, and every device along it the same rows. Gather one "
             "side first: the rows (`jax.lax.all_gather` of what they are made from), or the classes, and then pass no "
@@ -202,6 +207,14 @@ def check_axis_names(function: str, class_axis_name: Any, batch_axis_name: Any) 
         )
         got = f"{batch_axis_name!r}, beside class_axis_name={class_axis_name!r}"
         fail(ValueError, function, "batch_axis_name", "another axis than `class_axis_name`", got, remedy)
+
+
+def check_axis(function: str, axis: int, logits: Any, argument: str = "logits") -> None:
+    """Of a scalar, as for numpy, 0 and -1."""
+    ndim = np.ndim(logits) or 1
+    ok = isinstance(axis, int | np.integer) and -ndim <= axis < ndim
+    remedy = "`axis` is the one class axis."
+    check_option(function, "axis", axis, ok, f"an axis of `{argument}`, which is {describe(logits)}", remedy)
 
 
 def check_logits(function: str, logits: Any, axis: int = -1, argument: str = "logits") -> None:
@@ -213,9 +226,7 @@ def check_logits(function: str, logits: Any, axis: int = -1, argument: str = "lo
     if ndim == 0:
         remedy = "A single row of V classes has shape [V]; for one yes/no logit use `sigmoid_cross_entropy`."
         fail(ValueError, function, argument, "of shape [..., V]", describe(logits), remedy)
-    ok = isinstance(axis, int | np.integer) and -ndim <= axis < ndim
-    remedy = "`axis` is the one class axis."
-    check_option(function, "axis", axis, ok, f"an axis of `{argument}`, which is {describe(logits)}", remedy)
+    check_axis(function, axis, logits, argument)
     if np.shape(logits)[axis] == 0:
         remedy = "There is no distribution over no classes."
         fail(ValueError, function, argument, "over at least one class", describe(logits), remedy)
@@ -270,6 +281,16 @@ class Values(NamedTuple):
 YES_NO = Values(is_probability, "in [0, 1]", "1 is yes, 0 is no; hide an element with `where=`.")
 
 
+def not_ignored(labels: Any, ignore_index: int | None) -> Any:
+    """Which labels are not `ignore_index`, in numpy where they are known on the host; None: all of them."""
+    if ignore_index is None:
+        return None
+    if is_on_host(labels):
+        return np.asarray(labels) != ignore_index
+    limits = jnp.iinfo(labels.dtype)  # what it cannot hold never occurs
+    return labels != int(ignore_index) if limits.min <= ignore_index <= limits.max else None
+
+
 def index_labels(
     function: str, labels: Any, classes: int, mask: Any, ignore_index: int | None
 ) -> tuple[Array, Array | None]:
@@ -278,17 +299,14 @@ def index_labels(
     jax would truncate a numpy int64 to 32 bits, where 2**32 + 1 becomes class 1, so what is outside [0, classes)
     becomes -1 before that.
     """
+    kept = not_ignored(labels, ignore_index)
     if not is_on_host(labels):
-        labels = labels.astype(jnp.int32) if jnp.dtype(labels.dtype).itemsize < 4 else labels
-        limits = jnp.iinfo(labels.dtype)
-        occurs = ignore_index is not None and limits.min <= ignore_index <= limits.max
-        return labels, labels != ignore_index if occurs else None
-    labels, kept = np.asarray(labels), None
-    if ignore_index is not None:
-        kept = labels != ignore_index
+        return labels.astype(jnp.int32) if jnp.dtype(labels.dtype).itemsize < 4 else labels, kept
+    labels = np.asarray(labels)
+    if kept is not None:
         labels = labels * kept  # 0 is a class
     values = Values(lambda label: (label >= 0) & (label < classes), f"in [0, {classes})", LABELS_REMEDY)
-    _check_on_host(function, "labels", labels, values, mask)
+    check_on_host(function, "labels", labels, values, mask)
     labels = np.where(values.ok(labels), labels.astype(np.int32), -1)
     return jnp.asarray(labels, jnp.int32), None if kept is None else jnp.asarray(kept)
 
@@ -309,11 +327,11 @@ def check_host_values(function: str, argument: str, x: Any, values: Values, mask
     if not is_on_host(x):
         return x
     x = np.asarray(x)
-    _check_on_host(function, argument, x, values, mask)
+    check_on_host(function, argument, x, values, mask)
     return jnp.asarray(np.where(values.ok(x), x, np.asarray(np.nan if is_floating(x) else 2, x.dtype)))
 
 
-def _check_on_host(function: str, argument: str, x: np.ndarray, values: Values, mask: Any) -> None:
+def check_on_host(function: str, argument: str, x: np.ndarray, values: Values, mask: Any) -> None:
     """ValueError that names the first bad element which `mask` shows; a traced mask leaves all to the poison."""
     if isinstance(mask, jax.core.Tracer):
         return
@@ -331,8 +349,10 @@ def explained_labels(function: str, labels: Array, ok: Array, seen: Array | None
     return _explained(sentence(function, "labels", expected, but, LABELS_REMEDY), labels, ok, seen)
 
 
-def explained_values(function: str, argument: str, x: Array, values: Values, seen: Array | None) -> Array:
-    but = "element {index} (counted over the flattened array) is {value}"
+def explained_values(
+    function: str, argument: str, x: Array, values: Values, seen: Array | None, of: str = "array"
+) -> Array:
+    but = f"element {{index}} (counted over the flattened {of}) is {{value}}"
     return _explained(
         sentence(function, argument, values.expected, but, values.remedy), x, values.ok(x), seen
     )

@@ -90,11 +90,11 @@ def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:
             if "forward-mode" not in str(error):
                 raise
             raise TypeError(
-                "jaxent: results per row of a `LinearLogits`, and those by blocks of classes or of a split class "
-                "axis, have no forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`). What works: reverse mode "
-                "(`jax.grad`, `jax.vjp`, `jax.jacrev`); forward over reverse (`jax.jvp` of `jax.grad`, `jax.hessian`); "
-                '`jax.jvp` of a `reduction="mean"` or "sum" by blocks of rows (a larger `block_bytes`); or logits as '
-                "an array (`.dense()`)."
+                "jaxent: contrastive losses, results per row of a `LinearLogits`, and those by blocks of classes or of "
+                "a split class axis, have no forward mode (`jax.jvp`, `jax.linearize`, `jax.jacfwd`). What works: "
+                "reverse mode (`jax.grad`, `jax.vjp`, `jax.jacrev`); forward over reverse (`jax.jvp` of `jax.grad`, "
+                '`jax.hessian`); of linear logits also `jax.jvp` of a `reduction="mean"` or "sum" by blocks of rows (a '
+                "larger `block_bytes`); or logits as an array (`.dense()`)."
             ) from error
 
     return function
@@ -171,3 +171,19 @@ def stopping_early(run: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jvp(functools.partial(run, False, static), primals, tangents)
 
     return function
+
+
+def cast_like(gradients: Any, like: Any, dtype: Callable[[Any], Any] = lambda dtype: dtype) -> Any:
+    """`gradients`, None where there is none, in `dtype` of the dtypes of `like`."""
+    return jax.tree.map(lambda x, d: None if d is None else d.astype(dtype(x.dtype)), like, gradients)
+
+
+def stored(dtype: Any) -> Any:
+    """In which a gradient waits for its factor: float16 would lose what that, a loss scale maybe, is there to save."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def dtypes_of(tree: Any) -> Any:
+    """Of what may have a gradient: arrays of no elements."""
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.zeros(0, x.dtype) if is_real(x) else None, tree)

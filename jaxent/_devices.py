@@ -55,7 +55,7 @@ def platform(tree: Any) -> str:
 
 
 def row_major(x: Array) -> Array:
-    """`x` `[D, V]`, made in the layout that arrays have in memory: a TPU's compiler would transpose it at the end.
+    """`x`, made in the layout that arrays have in memory: a TPU's compiler would transpose it at the end.
 
     Arrays that have no whole number of lanes lie transposed themselves.
     """
@@ -90,6 +90,21 @@ def explicit_sharding(*arrays: Any) -> Any:
     found = [jax.typeof(x).sharding for x in arrays]
     found = [x for x in found if AxisType.Explicit in x.mesh.axis_types]
     return next((x for x in found if any(x.spec)), found[0] if found else None)
+
+
+def classes_on_one_device(x: Array) -> bool:
+    """Whether the last axis surely is."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return spread(x).possible == 1
+    types = zip(sharding.mesh.shape.values(), sharding.mesh.axis_types, strict=True)
+    is_auto = any(size > 1 and kind == AxisType.Auto for size, kind in types)
+    return not is_auto and (*sharding.spec, *[None] * x.ndim)[x.ndim - 1] is None
+
+
+def axis_names(entry: Any) -> tuple[Any, ...]:
+    """Of an entry of a PartitionSpec, or of an option that is a name or several."""
+    return () if entry is None else tuple(entry) if isinstance(entry, tuple | list) else (entry,)
 
 
 def split_as(sharding: Any, axes: slice, x: Any) -> Any:

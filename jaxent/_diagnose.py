@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._sparse import SparseDistribution, check_sparse
+
 # What the first argument of each loss holds.
 _LOSSES = {
     "softmax_cross_entropy": "logits",
@@ -89,6 +91,7 @@ class _Case(NamedTuple):
     argument: str  # the name of the first argument: logits, probs, log_probs
     x: np.ndarray  # the first argument
     y: np.ndarray  # the labels
+    chosen: np.ndarray | None  # the classes of sparse ones, of which y has the probabilities
     elementwise: bool  # independent yes/no outputs, no class axis
     classes: int  # V; 0 where there is no class axis
 
@@ -105,6 +108,7 @@ def diagnose(logits: Any, labels: Any, *, loss: str = "softmax_cross_entropy") -
         logits: what the loss gets first (logits, probabilities or log-probabilities, as `loss` wants them),
             `[..., V]`. A `LinearLogits` is built.
         labels: what the loss gets second, in any shape and dtype, right or wrong.
+            Or a `SparseDistribution`.
         loss: the name of a loss that takes logits, probs or log_probs, and labels. The class axis is last.
 
     Returns:
@@ -129,9 +133,18 @@ def diagnose(logits: Any, labels: Any, *, loss: str = "softmax_cross_entropy") -
     argument = _LOSSES[loss]
     if hasattr(logits, "dense"):
         logits = logits.dense()
-    (x, kind), (y, y_kind) = _read(argument, logits), _read("labels", labels)
+    x, kind = _read(argument, logits)
+    chosen = None
+    if isinstance(labels, SparseDistribution) and loss.startswith("softmax"):
+        if x.ndim:
+            check_sparse("diagnose", "labels", labels, x.shape, -1)
+            chosen = _read("labels.classes", labels.classes)[0]
+        labels = labels.probs
+    y, y_kind = _read("labels", labels)
+    if chosen is not None:
+        y_kind = f"SparseDistribution{list(y.shape)}"
     elementwise = loss.startswith(("sigmoid", "binary"))
-    case = _Case(loss, argument, x, y, elementwise, classes=x.shape[-1] if x.ndim else 0)
+    case = _Case(loss, argument, x, y, chosen, elementwise, classes=x.shape[-1] if x.ndim else 0)
     with np.errstate(all="ignore"):
         findings = tuple(_findings(case))
     return Diagnosis(findings, f"{loss}({argument} {kind}, labels {y_kind})")
@@ -142,12 +155,13 @@ def _read(argument: str, x: Any) -> tuple[np.ndarray, str]:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)):
         remedy = "Call `diagnose` outside jit, grad and vmap, on the first batch."
         raise TypeError(f"jaxent.diagnose: `{argument}` must be real arrays, but is traced. {remedy}")
+    given = x
     try:
-        x = np.asarray(x)
+        x = np.asarray(given)
     except ValueError as error:  # a ragged list
-        got = f"a {type(x).__name__}: {error}"
+        got = f"a {type(given).__name__}: {error}"
     else:
-        got = f"{x.dtype}{list(x.shape)}"
+        got = f"a {type(given).__name__}" if x.dtype == object else f"{x.dtype}{list(x.shape)}"
         if jnp.issubdtype(x.dtype, jnp.floating):
             return x.astype(np.promote_types(x.dtype, np.float32)), got
         if x.dtype == np.bool_ or jnp.issubdtype(x.dtype, jnp.integer):
@@ -183,8 +197,12 @@ def _span(y: np.ndarray) -> str:
 
 def _findings(case: _Case) -> Iterator[Finding]:
     """All of them: on the shapes, on the scores, and on the labels as what their shape says they are."""
-    yield from _shapes(case)
+    if case.chosen is None:
+        yield from _shapes(case)
     yield from _scores(case)
+    if case.chosen is not None:
+        yield from _few_classes(case, case.chosen)
+        return
     labels, scores = case.y.shape, case.x.shape
     if case.elementwise:
         if labels == scores:
@@ -334,4 +352,25 @@ def _distributions(case: _Case) -> Iterator[Finding]:
         fix = case.call("labels / labels.sum(-1, keepdims=True)", "if they are counts")
         if (total[bad] == 0).all() and (y >= 0).all():
             fix = case.call("labels, where=labels.sum(-1) > 0", "if rows of zeros are padding")
+        yield Finding("not-a-distribution", seen, fix)
+
+
+def _few_classes(case: _Case, chosen: np.ndarray) -> Iterator[Finding]:
+    """Labels that are the probabilities of a few classes."""
+    y, total = case.y, case.y.sum(-1, dtype=np.float64)
+    outside = (y != 0) & ((chosen < 0) | (chosen >= case.classes))
+    if outside.any():
+        seen = f"{_count(outside, 'classes')} have probability and are outside [0, {case.classes})"
+        fix = case.call(note="classes count from 0, and an empty slot has probability 0")
+        yield Finding(
+            "labels-out-of-range", f"{seen} ({_span(chosen[outside])}): these rows have loss NaN", fix
+        )
+    bad = ~(np.abs(total - 1) <= _LABEL_TOLERANCE) | (y < 0).any(-1)
+    if bad.any():
+        seen = f"{_count(bad, 'rows of labels')} are no distribution: sums {_span(total)}"
+        fix = "labels = jaxent.SparseDistribution(classes, probs / probs.sum(-1, keepdims=True))  # if counts"
+        if np.isnan(y).any():
+            fix = case.call(note="probs are NaN: these rows have loss NaN")
+        elif not _outside(y).any() and (total <= 1 + _LABEL_TOLERANCE).all():
+            fix = "jaxent.softmax_kl_divergence(logits, labels)  # if it is the top of a teacher: the rest is a class"
         yield Finding("not-a-distribution", seen, fix)

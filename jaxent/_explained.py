@@ -3,7 +3,7 @@
 `checkify.debug_check` would do, but for its effect: jax calls a compiled function that has one from Python, array by
 array, which takes several times as long (docs/benchmarks.md). So the check is a primitive without effect, the identity,
 which only checkify reads. How jax's checkify meets a primitive that it does not know is not public; where that is not
-found, bad labels are not explained, only NaN. tests/test_errors.py guards it.
+found, bad labels are not explained, only NaN. tests/test_checkify.py guards it.
 """
 
 from typing import Any

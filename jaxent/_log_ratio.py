@@ -6,18 +6,23 @@ the two normalizers is K, whose logarithm is small:
 
     u = ((z_q - z_p) - (m_q - m_p)) / T        d = u - log K        K = E_p exp(u)
 
-So there are three sums after another: the normalizers, then K - 1, then the divergence. Each is plain code, the
-collectives between them too, and so is the second derivative. The first derivative is a rule of its own, which is as
-accurate as the divergence: with h = (p + q) / 2, s = d / 2, l_p = log(p / h) = -s - log cosh s and
-l_q = log(q / h) = s - log cosh s, and because dp_k/dz_j = p_k (1[k = j] - p_j) / T,
+So there are three sums after another: the normalizers, then K - 1, then the divergence L from the mean h = c p + b q
+with b = beta, c = 1 - b:
 
-    dKL/dz_p = (p - q) / T = q expm1(-d) / T        dJS/dz_p = p (l_p - sum p l_p) / 2T
-    dKL/dz_q = q (d - KL) / T                       dJS/dz_q = q (l_q - sum q l_q) / 2T
+    l_p = log(p / h) = -log1p(b expm1(d))       S_p = KL(p || h) = sum p l_p
+    l_q = log(q / h) = -log1p(c expm1(-d))      S_q = KL(q || h) = sum q l_q      L = c S_p + b S_q
+
+KL(q || p) is S_q at b = 0, where h = p and S_p = 0, and the limit of L / b; so S_q has the factor 1 there, and S_p
+where c = 0. Each sum is plain code, the collectives between them too, and so is the second derivative. The first
+derivative is a rule of its own, which is as accurate as the divergence: as dp_k/dz_j = p_k (1[k = j] - p_j) / T,
+
+    dL/dz_p = c p (l_p - S_p) / T               where b = 0: (p - q) / T = q expm1(-d) / T
+    dL/dz_q = b q (l_q - S_q) / T               where c = 0: (q - p) / T; with the factors of 1 here as well
+    dL/db = S_q - S_p                           and 0 at the ends
     dL/dT = -sum (dL/dz_p log p + dL/dz_q log q)    as both logits are divided by T, and a gradient sums to 0
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +32,7 @@ from jax import Array, lax
 
 from ._derivatives import Perturbed, slope_rule, varying_like, with_forward_mode, with_slope, zeros_like_any
 from ._devices import largest
+from ._divergence_terms import Mean, against_mean, expected, from_mean, kl
 from ._logits import sources
 from ._logits.explicit import on_each_device, split_of
 from ._logits.linear import LinearLogits
@@ -46,7 +52,9 @@ ARRAYS = 20  # of the size of a block of logits, that a divergence and its gradi
 
 
 class Static(NamedTuple):
-    kind: str  # "kl" or "js"
+    """Numbers that are part of the program."""
+
+    beta: float  # in [0, 1); 0 is KL(q || p)
     temperature: float
 
 
@@ -57,7 +65,8 @@ class Pair(NamedTuple):
     q: Any
     class_mask: Array | None  # [V] or [..., V]
     counts: Array | None  # [...]
-    temperature: Array | None  # [...], where it is a value and no part of the program
+    temperature: Array | None = None  # [...], where it is a value and no part of the program
+    beta: Array | None = None  # likewise
 
     @property
     def layers(self) -> tuple[LinearLogits, ...]:
@@ -77,7 +86,7 @@ class Whole(NamedTuple):
     p: Normalizer
     q: Normalizer
     ratio: Array | None = None  # K - 1, of the normalizers; -1 where most of q is far from p
-    sums: tuple[Array, ...] = ()  # the divergence, and what else its gradient needs
+    sums: tuple[Array, ...] = ()  # L; and S_p and S_q, if L is not S_q alone
 
 
 def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
@@ -133,14 +142,14 @@ def _by_blocks(
     mask = pair.class_mask
     of_rows, of_all = (None, mask) if mask is None or mask.ndim == 1 else (mask, None)
     p, q = (None if isinstance(z, LinearLogits) else z for z in (pair.p, pair.q))
-    rows = Pair(p, q, of_rows, None, pair.temperature), whole
+    rows = pair._replace(p=p, q=q, class_mask=of_rows, counts=None), whole
 
     def of_block(logits: tuple[Array, ...], counts: Array | None, rows: Any, of_all: Any) -> Any:
         pair, whole = rows
         of_layers = iter(logits)
         p, q = (next(of_layers) if z is None else z for z in (pair.p, pair.q))
         mask = of_all if pair.class_mask is None else pair.class_mask
-        return f(static, Pair(p, q, mask, counts, pair.temperature), whole), ()
+        return f(static, pair._replace(p=p, q=q, class_mask=mask, counts=counts), whole), ()
 
     inputs = Inputs(pair.layers, pair.counts, rows, of_all, mask)
     return sources.by_blocks_of_rows(of_block, ARRAYS, inputs, weights)[0]
@@ -198,12 +207,18 @@ def _change_and_far(static: Static, pair: Pair, whole: Whole) -> tuple[Array, Ar
 
 
 def _divergences(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
-    """The divergence; for JS also sum p l_p and sum q l_q."""
     p, q, d, _, _ = _log_ratio(static, pair, whole)
-    if static.kind == "kl":
-        return (_kl(p, q, d),)
-    l_p, l_q = _against_mean(d)
-    return _js(p, q, d), jnp.sum(p * l_p, -1), jnp.sum(q * l_q, -1)
+    if static.beta == 0:
+        return (jnp.sum(kl(p, q, d), -1),)
+    mean = _mean(static, pair, d.dtype)
+    l_p, l_q = against_mean(d, mean)
+    kl_p, kl_q = from_mean(p, q, mean, (l_p, l_q))
+    of_p, of_q = mean.shares
+    return tuple(jnp.sum(x, -1) for x in (of_p * kl_p + of_q * kl_q, expected(p, l_p), expected(q, l_q)))
+
+
+def _mean(static: Static, pair: Pair, dtype: Any) -> Mean:
+    return Mean.of(static.beta if pair.beta is None else pair.beta[..., None], dtype)
 
 
 def _classes(static: Static, pair: Pair) -> tuple[Array, Array, float | Array]:
@@ -258,50 +273,6 @@ def _log_ratio(static: Static, pair: Pair, whole: Whole) -> tuple[Array, ...]:
     return p, q, jnp.where(jnp.isnan(no_answer), no_answer, d), log_p, log_q
 
 
-def _kl(p: Array, q: Array, d: Array) -> Array:
-    """sum_j q_j phi(d_j), phi(d) = d + expm1(-d) >= 0; as q d + (p - q) that is KL, for sum(p - q) = 0.
-
-    A class with p = 0 < q makes it infinite; its other terms are finite, and so are their derivatives.
-    """
-    infinite = (q > 0) & (d == jnp.inf)
-    d = jnp.where(d == jnp.inf, 0, d)
-    near = jnp.abs(d) < 0.3
-    x = jnp.where(near, d, 0)
-    series = jnp.zeros_like(x)
-    for n in range(15, 1, -1):  # phi(d) = sum_{n >= 2} (-d)^n / n!
-        series = series * -x + 1 / math.factorial(n)
-    up = jnp.where(near, 1, jnp.maximum(d, -1))  # q phi(d) where d is not far below 0
-    down = jnp.where(d < -1, jnp.maximum(d, -200), -1)  # else p (1 + exp(d) (d - 1)), which does not overflow
-    term = jnp.where(near, q * (x * x * series), product_or_zero(q, up + jnp.expm1(-up)))
-    term = jnp.where(d < -1, p * (1 + jnp.exp(down) * (down - 1)), term)
-    return jnp.where(jnp.any(infinite, -1), jnp.inf, jnp.sum(term, -1))
-
-
-def _js(p: Array, q: Array, d: Array) -> Array:
-    """sum_j h_j (s_j tanh s_j - log cosh s_j), s = d / 2."""
-    a, near, s, log_cosh = _half(d)
-    shrunk = jnp.exp(-2 * a)
-    large = math.log(2) - jnp.log1p(shrunk) - 2 * a * shrunk / (1 + shrunk)
-    return jnp.sum((p + q) / 2 * jnp.where(near, s * jnp.tanh(s) - log_cosh, large), -1)
-
-
-def _against_mean(d: Array) -> tuple[Array, Array]:
-    """l_p and l_q: log 2 less what is small for the larger of both, and 2 |s| below that for the other."""
-    a, near, s, log_cosh = _half(d)
-    up = math.log(2) - jnp.log1p(jnp.exp(-2 * a))
-    down = up - 2 * a
-    l_p, l_q = jnp.where(d < 0, up, down), jnp.where(d < 0, down, up)
-    return jnp.where(near, -s - log_cosh, l_p), jnp.where(near, s - log_cosh, l_q)
-
-
-def _half(d: Array) -> tuple[Array, Array, Array, Array]:
-    """|s| up to 50, where exp(-2 |s|) is nothing; whether it is small; s and log cosh s, 0 where it is not."""
-    s = jnp.clip(d / 2, -50, 50)
-    near = jnp.abs(s) < 1
-    small = jnp.where(near, s, 0)
-    return jnp.abs(s), near, small, jnp.log1p(2 * jnp.sinh(small / 2) ** 2)
-
-
 # Functions that are 0 and have the slope of the divergence. The sums over all classes have no part in it; the formulas
 # hold for them as they are.
 
@@ -309,26 +280,38 @@ def _half(d: Array) -> tuple[Array, Array, Array, Array]:
 def _gradient(static: Static, inputs: tuple[Pair, Whole], perturbed: Perturbed, g: Array) -> Any:
     pair, whole = inputs
     p, q, d, log_p, log_q = _log_ratio(static, pair, whole)
+    is_perturbed, _ = perturbed.tree(inputs)
     sums = [x[..., None] for x in whole.sums]
-    if static.kind == "kl":
-        near = jnp.abs(d) < 1
-        bar_p = jnp.where(near, q * jnp.expm1(-jnp.where(near, d, 0)), p - q)
-        # an infinite loss is so for all targets near this one
-        bar_q = product_or_zero(q, jnp.where(sums[0] == jnp.inf, 0, d - sums[0]))
+    near = jnp.abs(d) < 1
+    difference = jnp.where(near, q * jnp.expm1(-jnp.where(near, d, 0)), p - q)
+
+    def centered(x: Array, log: Array, mean: Array) -> Array:
+        # an infinite loss is so for all x near this one
+        return product_or_zero(x, jnp.where(mean == jnp.inf, 0, log - mean))
+
+    if static.beta == 0:
+        bar_p, bar_q, bar_b = difference, centered(q, d, sums[0]), None
     else:
-        l_p, l_q = _against_mean(d)
-        bar_p, bar_q = p * (l_p - sums[1]) / 2, q * (l_q - sums[2]) / 2
+        mean = _mean(static, pair, d.dtype)
+        l_p, l_q = against_mean(d, mean)
+        of_p, of_q = mean.shares
+        bar_p = jnp.where(mean.is_p, difference, of_p * centered(p, l_p, sums[1]))
+        bar_q = jnp.where(mean.is_q, -difference, of_q * centered(q, l_q, sums[2]))
+        # of the classes here, and of terms >= 0, which those of the sums are not
+        kl_p, kl_q = from_mean(p, q, mean, (l_p, l_q))
+        bar_b = jnp.sum(kl_q - kl_p, -1, keepdims=True)
+        bar_b = jnp.where(mean.is_p | mean.is_q, 0, bar_b)
     bar_t = -jnp.sum(bar_p * log_p + bar_q * log_q, -1, keepdims=True)
-    g = g[..., None] / _temperature(static, pair, p.dtype)
+    temperature = _temperature(static, pair, p.dtype)
+    bars = *(x / temperature for x in (bar_p, bar_q)), None, None, bar_t / temperature, bar_b
 
     def of_perturbed(is_perturbed: Any, bar: Array, x: Array) -> Array | None:
         if not is_perturbed:
             return None
-        found = keep(pair.counts, bar * g)
+        found = keep(pair.counts, bar * g[..., None])
         return (found if x.ndim == found.ndim else found[..., 0]).astype(x.dtype)
 
-    is_perturbed, _ = perturbed.tree(inputs)
-    return Pair(*map(of_perturbed, is_perturbed, (bar_p, bar_q, None, None, bar_t), pair)), None
+    return Pair(*map(of_perturbed, is_perturbed, bars, pair)), None
 
 
 def _gradient_of_layers(static: Static, inputs: tuple[Pair, Whole], perturbed: Perturbed, g: Array) -> Any:

@@ -19,6 +19,12 @@ def widen(x: Array) -> Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
+def of_one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
+    """Operands of a matmul, also where jax is told not to promote."""
+    dtype = a.dtype if a.dtype == b.dtype else accumulation_dtype(a.dtype, b.dtype)
+    return a.astype(dtype), b.astype(dtype)
+
+
 def as_dtype(option: float | Array, dtype: DTypeLike) -> float | Array:
     """A Python float takes any dtype; an array has to be told."""
     return option if isinstance(option, float) else option.astype(dtype)
@@ -97,3 +103,8 @@ def limit(weight: float | Array, x: Array) -> Array:
     Unlike `product_or_zero` it keeps the derivative with respect to a weight of 0 while x is finite.
     """
     return jnp.where((weight == 0) & jnp.isinf(x), 0, x)
+
+
+def finite_or_0(m: Array) -> Array:
+    """A maximum as a shift: of no class at all it is -inf."""
+    return jnp.where(m == -jnp.inf, 0, m)

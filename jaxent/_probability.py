@@ -222,7 +222,7 @@ def nll_loss(
     Source:
       torch.nn.functional.nll_loss, with its class-weighted mean.
     """
-    options = Options(axis, where, ignore_index, weights, class_weights, None, reduction)
+    options = Options(axis, where, ignore_index, weights, class_weights, reduction=reduction)
     rows, x, label, q = _prepare("nll_loss", "log_probs", log_probs, labels, options)
     factors = rows.class_weights(x.shape[-1])
     if factors is not None:

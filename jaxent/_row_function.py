@@ -14,10 +14,19 @@ from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from . import _contracts as contracts
+from ._block import Block
 from ._derivatives import varying_like
 from ._numerics import accumulation_dtype
 from ._rows import Rows, both, keep
-from ._statistics import INTEGER_STATISTICS, STATISTICS, Block, SoftmaxStatistics, harmless
+from ._statistics import (
+    INTEGER_STATISTICS,
+    OF_CLASSES,
+    STATISTICS,
+    PhiStatistics,
+    SoftmaxStatistics,
+    harmless,
+    record,
+)
 
 
 class Arguments(NamedTuple):
@@ -75,10 +84,16 @@ def row_function(
 
     def on_read(name: str) -> None:
         if name not in available:
+            argument, got = "labels", "None" if block.distribution is None else "a distribution"
             remedy = "Pass class indices; `rank` needs them, `log_prob` a distribution at least."
-            got = "None" if block.distribution is None else "a distribution"
+            if name in OF_CLASSES:
+                argument, got, remedy = (
+                    "classes",
+                    "None",
+                    "The classes of each row whose mass it is, `[..., K]`.",
+                )
             expected = f"given for `fn` to read `{name}`"
-            contracts.fail(TypeError, rows.function, "labels", expected, got, remedy)
+            contracts.fail(TypeError, rows.function, argument, expected, got, remedy)
         read.add(name)
 
     def of_row(_: Any, statistics: SoftmaxStatistics, arguments: Arguments) -> tuple[Array, Any]:
@@ -119,25 +134,35 @@ def hoist(f: RowFunction, block: Block, like: Any, arguments: Arguments) -> tupl
     return f._replace(of_row=hoisted), closed_over
 
 
-class _Recorder(SoftmaxStatistics):
+class _Recorder(PhiStatistics):
     """Statistics that tell which of them are read. As a pytree (fn may be jitted) all that there are."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in STATISTICS:
             vars(self).get("on_read", lambda _: None)(name)  # a copy has none
-        return object.__getattribute__(self, name)
+        found = object.__getattribute__(self, name)
+        if name == "__dataclass_fields__":  # of which `dataclasses.replace` reads all
+            found = {name: field for name, field in found.items() if vars(self)[name] is not None}
+        return found
 
 
 jax.tree_util.register_pytree_node(
     _Recorder,
     lambda s: ([None if vars(s)[name] is None else getattr(s, name) for name in STATISTICS], None),
-    lambda _, fields: cast(_Recorder, SoftmaxStatistics(*fields)),
+    lambda _, fields: cast(_Recorder, PhiStatistics(*fields)),
 )
 
 
 def available_statistics(block: Block) -> tuple[str, ...]:
-    missing = ("rank", "log_prob", "weighted_log_prob") if block.distribution is None else ("rank",)
-    return tuple(name for name in STATISTICS if block.label is not None or name not in missing)
+    has_target = block.label is not None or block.distribution is not None
+    given = {
+        "log_prob": has_target,
+        "weighted_log_prob": has_target,
+        "rank": block.label is not None,
+        "weighted_phi": block.phi is not None and block.distribution is not None,
+        "mean_phi": block.phi is not None,
+    } | dict.fromkeys(OF_CLASSES, block.classes is not None)
+    return tuple(name for name in STATISTICS if given.get(name, True))
 
 
 def _trace(
@@ -154,7 +179,9 @@ def _trace(
     def of_one_row(arguments: Arguments) -> None:
         real = accumulation_dtype(block.logits.dtype)
         dtypes = {name: jnp.int32 if name in INTEGER_STATISTICS else real for name in names}
-        statistics = SoftmaxStatistics(**{name: jnp.zeros(one, dtype) for name, dtype in dtypes.items()})
+        slots = (1 if block.classes is None else block.classes.shape[-1],)
+        shapes = {name: one + slots if name == "class_log_probs" else one for name in names}
+        statistics = record({name: jnp.zeros(shapes[name], x) for name, x in dtypes.items()})
         _over_rows(probe, one, None)(*varying_like(like, (statistics, arguments)))
 
     def of_row_alone(x: Array) -> jax.ShapeDtypeStruct:

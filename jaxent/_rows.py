@@ -32,6 +32,7 @@ class Options(NamedTuple):
     weights: Any = None
     class_weights: Any = None
     class_mask: Any = None
+    classes: Any = None
     reduction: str = "none"
     class_axis_name: AxisName = None
     batch_axis_name: AxisName = None
@@ -105,6 +106,16 @@ class Rows(NamedTuple):
         labels = contracts.explained_labels(self.function, labels, ok, rows.seen, classes)
         label = jnp.where(ok, labels, -1).astype(jnp.int32)
         return label, rows
+
+    def without_ignored(self, labels: Any, argument: str) -> "Rows":
+        """Without the elements of `argument` that `ignore_index` hides; nothing is asked of their labels."""
+        contracts.check_binary_labels(self.function, labels, self.shape, argument)
+        ignore_index, where = self.options.ignore_index, self.options.where
+        contracts.check_ignore_index(self.function, ignore_index, contracts.is_integer(labels))
+        kept = contracts.not_ignored(labels, ignore_index)
+        if contracts.is_on_host(labels):  # where they are checked at once
+            where = both(where, kept)
+        return self.only(self.split(kept))._replace(options=self.options._replace(where=where))
 
     def binary_labels(self, labels: Any, argument: str) -> Array:
         """Yes/no, one for each element of `argument`."""
@@ -298,7 +309,7 @@ def total_weight(
 
     Args:
       labels: integers or bools `[...]`, one per row (or element), read for `ignore_index` and `class_weights` only;
-        of a distribution pass any, e.g. `labels.argmax(-1)`.
+        of a distribution pass any, e.g. `labels.argmax(-1)`, or `labels.classes[..., 0]` of a sparse one.
       where: bool `[...]`, like all that follow what the loss is given.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
@@ -337,7 +348,7 @@ def total_weight(
         contracts.fail(TypeError, function, "labels", "integers or bools", contracts.describe(labels), remedy)
     contracts.check_ignore_index(function, ignore_index, True)
     names = class_axis_name, batch_axis_name
-    options = Options(-1, where, ignore_index, weights, class_weights, None, "mean", *names)
+    options = Options(-1, where, ignore_index, weights, class_weights, None, None, "mean", *names)
     read = (where, weights) if ignore_index is None and class_weights is None else (where, weights, labels)
     sharding = explicit_sharding(*(x for x in read if isinstance(x, jax.Array)))
     if sharding is not None:

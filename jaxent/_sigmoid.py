@@ -17,9 +17,9 @@ from jax.typing import ArrayLike
 from . import _contracts as contracts
 from ._contracts import Number, Range, check_number, number
 from ._derivatives import varying_like, with_forward_mode
-from ._devices import CLASSES, split_as
+from ._devices import split_as
 from ._logits.explicit import sharding_of
-from ._numerics import accumulation_dtype, as_dtype, limit, nan_unless, over_rows, probability, widen
+from ._numerics import accumulation_dtype, as_dtype, limit, nan_unless, probability, widen
 from ._rows import Options, Rows, keep
 
 
@@ -28,7 +28,9 @@ def sigmoid_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
+    axis: int = -1,
     where: ArrayLike | None = None,
+    ignore_index: int | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
@@ -42,9 +44,13 @@ def sigmoid_cross_entropy(
     Args:
       logits: `[...]`, floating point; any real number.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
+      axis: the class axis, of options `[V]` (1 for images `[N, V, H, W]`); nothing else reads it.
       where: bool `[...]`; False elements are gone, even if they hold NaN or a bad label.
+      ignore_index: elements with this integer label are gone as well (255: unknown, in many data sets);
+        beside float labels write `where=labels != 255`.
       weights: real `[...]`; an element of weight 0 adds nothing, even if it holds NaN or a bad label.
-      pos_weight: weight of the positive half: a number >= 0, or an array of shape `[]` or `[V]`, the last axis.
+      pos_weight: weight of the positive half, >= 0: a number, or an array `[]`, `[V]` (one per class) or
+        `[...]` (one per element).
       label_smoothing: a in [0, 1]; moves labels towards 1/2. A number, or an array `[]`.
       reduction: "none", "sum" or "mean".
 
@@ -62,12 +68,13 @@ def sigmoid_cross_entropy(
       of 1e-30. Exact at z = +-inf: 0 for the right label, inf for the wrong one. L(z, 1) == L(-z, 0) bit for bit. An
       element with NaN logit or a bad label has NaN loss and NaN gradient, the others are clean; masked elements
       contribute exactly 0 to both. A mean over nothing is 0. A float label up to 16 ulp above 1, as sums of
-      probabilities are, is taken as 1. An option that is a jax array makes the loss NaN where it is out of range (of
-      its class, if it is one per class).
+      probabilities are, is taken as 1. An option that is a jax array makes the loss NaN where it is out of
+      range (of its class or element, if it is one per class or element).
 
     Cost:
-      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits and labels. An option
-      that is a Python number is part of the program; an array may change without compiling again.
+      Elementwise; nothing of the logits' size beyond the result. The backward keeps logits, labels and
+      options per element. An option that is a Python number is part of the program; an array may change
+      without compiling again.
 
     Raises:
       TypeError: logits that are not floating point; complex labels; a mask that is not bool.
@@ -81,10 +88,11 @@ def sigmoid_cross_entropy(
       [  0.6931472 100.          0.       ]
 
     Source:
-      torch.nn.BCEWithLogitsLoss for pos_weight.
+      torch.nn.BCEWithLogitsLoss for pos_weight, which it broadcasts.
     """
-    options = Options(where=where, weights=weights, reduction=reduction)
-    return _loss("sigmoid_cross_entropy", logits, labels, options, pos_weight, _Form(label_smoothing))
+    options = Options(axis, where, ignore_index, weights, reduction=reduction)
+    factors = {"pos_weight": pos_weight}
+    return _loss("sigmoid_cross_entropy", logits, labels, options, factors, _Form(label_smoothing))
 
 
 @contracts.takes_arrays
@@ -94,7 +102,9 @@ def sigmoid_focal_loss(
     *,
     gamma: ArrayLike = 2.0,
     alpha: ArrayLike | None = None,
+    axis: int = -1,
     where: ArrayLike | None = None,
+    ignore_index: int | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
@@ -109,10 +119,13 @@ def sigmoid_focal_loss(
       logits: `[...]`, floating point.
       labels: `[...]`, exactly the shape of the logits; bool, 0/1 integers, or floats in [0, 1].
       gamma: focusing exponent >= 0; 0 is cross-entropy. A number, or an array `[]`.
-      alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1]. A number, or an array `[]`.
-      where: bool `[...]`; like all that follow as in `sigmoid_cross_entropy`.
+      alpha: balance of positives (alpha) against negatives (1 - alpha), in [0, 1]: a number, or an array
+        `[]`, `[V]` (one per class) or `[...]` (one per element).
+      axis: the class axis, of options `[V]`; like all that follow as in `sigmoid_cross_entropy`.
+      where: bool `[...]`.
+      ignore_index: an integer label to leave out.
       weights: real `[...]`.
-      pos_weight: a further weight of positives: `[]` or `[V]`.
+      pos_weight: a further weight of positives: a number, or an array `[]`, `[V]` or `[...]`.
       label_smoothing: a in [0, 1].
       reduction: "none", "sum" or "mean"; the mean divides by the elements, not by the positives of a detector.
 
@@ -145,15 +158,9 @@ def sigmoid_focal_loss(
     function = "sigmoid_focal_loss"
     gamma = number(function, "gamma", gamma, Range(0, math.inf, "gamma=0 is `sigmoid_cross_entropy`."))
     form = _Form(label_smoothing, gamma_positive=gamma, gamma_negative=gamma)
-    if alpha is not None:
-        remedy = (
-            "Positives weigh alpha, negatives 1 - alpha: one number. For one per class pass "
-            "`pos_weight=alpha / (1 - alpha)` and multiply the losses by `1 - alpha`."
-        )
-        alpha = number(function, "alpha", alpha, Range(0, 1, remedy))
-        form = form._replace(positive=alpha, negative=1 - alpha)
-    options = Options(where=where, weights=weights, reduction=reduction)
-    return _loss(function, logits, labels, options, pos_weight, form)
+    options = Options(axis, where, ignore_index, weights, reduction=reduction)
+    factors = {"pos_weight": pos_weight, "alpha": alpha}
+    return _loss(function, logits, labels, options, factors, form)
 
 
 @contracts.takes_arrays
@@ -164,7 +171,9 @@ def sigmoid_asymmetric_loss(
     gamma_negative: ArrayLike = 4.0,
     gamma_positive: ArrayLike = 1.0,
     clip: float = 0.05,
+    axis: int = -1,
     where: ArrayLike | None = None,
+    ignore_index: int | None = None,
     weights: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
@@ -181,9 +190,11 @@ def sigmoid_asymmetric_loss(
       gamma_negative: focusing exponent of negatives, >= 0. A number, or an array `[]`.
       gamma_positive: focusing exponent of positives, >= 0. A number, or an array `[]`.
       clip: negatives with a probability below it are off, in [0, 1). A Python number.
-      where: bool `[...]`; like all that follow as in `sigmoid_cross_entropy`.
+      axis: the class axis, of options `[V]`; like all that follow as in `sigmoid_cross_entropy`.
+      where: bool `[...]`.
+      ignore_index: an integer label to leave out.
       weights: real `[...]`.
-      pos_weight: weight of positives: `[]` or `[V]`.
+      pos_weight: weight of positives: a number, or an array `[]`, `[V]` or `[...]`.
       label_smoothing: a in [0, 1].
       reduction: "none", "sum" or "mean".
 
@@ -219,12 +230,21 @@ def sigmoid_asymmetric_loss(
     check_number(function, "clip", clip, Range(0, 1, remedy))
     contracts.check_option(function, "clip", clip, clip < 1, "in [0, 1)", remedy)
     form = _Form(label_smoothing, 1.0, 1.0, gamma_positive, gamma_negative, float(clip))
-    options = Options(where=where, weights=weights, reduction=reduction)
-    return _loss(function, logits, labels, options, pos_weight, form)
+    options = Options(axis, where, ignore_index, weights, reduction=reduction)
+    return _loss(function, logits, labels, options, {"pos_weight": pos_weight}, form)
+
+
+def elementwise_cross_entropy(z: Array, y: Array, label_smoothing: Number) -> Array:
+    """Of checked arrays of one shape, one for each element."""
+    form = _Form(label_smoothing)
+    values = (
+        {} if isinstance(label_smoothing, float) else {"label_smoothing": label_smoothing.astype(z.dtype)}
+    )
+    return _elementwise(form._replace(**dict.fromkeys(values)), *varying_like((z, y, values), (z, y, values)))
 
 
 class _Form(NamedTuple):
-    """Floats are part of the program; arrays `[]` (or `[1, ..., V]`) are values in it, and have a derivative."""
+    """Floats are part of the program; arrays `[]`, `[V]`, `[...]` are values in it, and have a derivative."""
 
     label_smoothing: Any  # a `Number` once it is checked
     positive: Number = 1.0
@@ -232,30 +252,74 @@ class _Form(NamedTuple):
     gamma_positive: Number = 0.0
     gamma_negative: Number = 0.0
     clip: float = 0.0
+    axis: int = 0  # of the logits: where arrays `[V]` go
 
 
-def _loss(function: str, logits: Any, labels: Any, options: Options, pos_weight: Any, form: _Form) -> Array:
-    """`pos_weight` and `label_smoothing` as they came; all else in `form` is checked."""
+_FACTORS = {
+    "pos_weight": Range(
+        0, math.inf, "It multiplies the positive half of the loss; one per class is `[V]` along `axis`."
+    ),
+    "alpha": Range(0, 1, "Positives weigh alpha, negatives 1 - alpha; one per class is `[V]` along `axis`."),
+}
+
+
+def _loss(
+    function: str, logits: Any, labels: Any, options: Options, factors: dict[str, Any], form: _Form
+) -> Array:
+    """`factors` and `label_smoothing` as they came; all else in `form` is checked."""
     remedy = "Pass what the last layer gives, before any rounding: `logits.astype(jnp.float32)`."
     contracts.check_floating(function, "logits", logits, remedy)
+    contracts.check_axis(function, options.axis, logits)
     z = jnp.asarray(logits)
-    rows = Rows.of(function, options, z.shape, sharding_of(z))
+    axis = int(options.axis) % max(z.ndim, 1)
+    rows = Rows.of(function, options, z.shape, sharding_of(z)).without_ignored(labels, "logits")
     y = rows.binary_labels(labels, "logits")
 
-    remedy = "It multiplies the positive half of the loss; for weights of elements use `weights`."
-    pos_weight = 1.0 if pos_weight is None else pos_weight
-    pos_weight = number(function, "pos_weight", pos_weight, Range(0, math.inf, remedy), classes=z.shape[-1:])
-    if np.ndim(pos_weight):
-        pos_weight = over_rows(split_as(rows.sharding, CLASSES, pos_weight), z.ndim)
+    dtype = accumulation_dtype(z.dtype)
+    for name, x in factors.items():
+        if x is not None:
+            rows, x = _factor(rows, name, x, axis)
+            positive = _product(axis, form.positive, as_dtype(x, dtype))
+            form = form._replace(positive=positive, negative=1 - x if name == "alpha" else form.negative)
     allowed = Range(0, 1, "It moves labels towards 1/2.")
     smoothing = number(function, "label_smoothing", form.label_smoothing, allowed)
-    dtype = accumulation_dtype(z.dtype)
-    positive = as_dtype(form.positive, dtype) * as_dtype(pos_weight, dtype)
-    form = form._replace(label_smoothing=smoothing, positive=positive)
-    values = {name: x.astype(dtype) for name, x in form._asdict().items() if not isinstance(x, float)}
+    form = form._replace(label_smoothing=smoothing, axis=axis)
+    values = {name: x.astype(dtype) for name, x in form._asdict().items() if not isinstance(x, int | float)}
     static = form._replace(**dict.fromkeys(values))
     z, y, values = varying_like((z, y, values, rows.counts, rows.weights), (z, y, values))
     return rows.reduce_finite(lambda counts: _elementwise(static, keep(counts, z), keep(counts, y), values))
+
+
+def _factor(rows: Rows, name: str, x: Any, axis: int) -> tuple[Rows, Number]:
+    """(the rows that count, `x` checked and split as the logits); one per element goes with its element."""
+    shape, allowed = rows.shape, _FACTORS[name]
+    if isinstance(x, jax.Array) and x.shape == shape:
+        x = given = rows.split(x)
+        rows = rows.with_answers(lambda: allowed.contains(widen(given)))
+        x = keep(rows.counts, x, 1)
+    classes = slice(axis, axis + 1)
+    x = number(rows.function, name, x, allowed, others=(shape[classes], shape))
+    if np.ndim(x):
+        x = rows.split(x) if np.shape(x) == shape else split_as(rows.sharding, classes, x)
+    return rows, x
+
+
+def _along(axis: int, x: Number, ndim: int) -> Number:
+    """`[V]` along this axis of `ndim`: jax may be told not to promote ranks."""
+    if np.ndim(x) in (0, ndim):
+        return x
+    return jnp.expand_dims(x, tuple(i for i in range(ndim) if i != axis))
+
+
+def _product(axis: int, a: Number, b: Number) -> Number:
+    ndim = max(np.ndim(a), np.ndim(b))
+    return _along(axis, a, ndim) * _along(axis, b, ndim)
+
+
+def _joined(static: _Form, values: dict[str, Array], ndim: int) -> _Form:
+    """`static` has None where `values` has an array, which gets the rank of the logits."""
+    arrays: dict[str, Any] = {name: _along(static.axis, x, ndim) for name, x in values.items()}
+    return static._replace(**arrays)
 
 
 def _off(option: Number) -> bool:
@@ -263,7 +327,7 @@ def _off(option: Number) -> bool:
 
 
 @jax.custom_jvp
-def _sigmoids(z: Array) -> tuple[Array, Array, Array, Array]:
+def sigmoids(z: Array) -> tuple[Array, Array, Array, Array]:
     """σ(z), σ(-z), -log σ(z), -log σ(-z), none of them by a difference."""
     e = jnp.exp(-jnp.abs(z))
     up = z >= 0
@@ -272,10 +336,10 @@ def _sigmoids(z: Array) -> tuple[Array, Array, Array, Array]:
     return p, q, tail + jnp.maximum(-z, 0), tail + jnp.maximum(z, 0)
 
 
-@_sigmoids.defjvp
+@sigmoids.defjvp
 def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
     # autodiff would take |z| for flat at 0, and cancel in 1 - σ(z)
-    p, q, a, b = _sigmoids(*primals)
+    p, q, a, b = sigmoids(*primals)
     (dz,) = tangents
     return (p, q, a, b), (p * q * dz, -p * q * dz, -q * dz, p * dz)
 
@@ -297,7 +361,7 @@ def _halves(form: _Form, z: Array, labels: Array) -> tuple[_Half, _Half]:
     if not _off(form.label_smoothing):
         y, other = ((1 - form.label_smoothing) * x + form.label_smoothing / 2 for x in (y, other))
     positive, negative = form.positive * y, form.negative * other
-    p, q, a, b = _sigmoids(z)
+    p, q, a, b = sigmoids(z)
     u, minus_log_u, b_u, lead, rise = _clipped(form, z, p, q, a, b)
     fall = q if _off(form.gamma_positive) else q + form.gamma_positive * p * limit(p, a)
     if not _off(form.gamma_negative):
@@ -335,8 +399,7 @@ def _power(x: Array, gamma: Number) -> Array:
 
 
 def _primal(static: _Form, logits: Array, labels: Array, values: dict[str, Any]) -> Array:
-    """`static` has None where `values` has an array."""
-    yes, no = _halves(static._replace(**values), widen(logits), labels)
+    yes, no = _halves(_joined(static, values, logits.ndim), widen(logits), labels)
     return yes.factor * yes.value + no.factor * no.value
 
 
@@ -354,7 +417,7 @@ def _primal(static: _Form, logits: Array, labels: Array, values: dict[str, Any])
 # dloss/d(α w) = y' yes(z)                         dloss/d(1 - α) = (1 - y') no(z)
 def _backward(static: _Form, residuals: Any, g: Array) -> Any:
     logits, labels, values = residuals
-    form, z = static._replace(**values), widen(logits)
+    form, z = _joined(static, values, logits.ndim), widen(logits)
     yes, no = _halves(form, z, labels)
     if all(map(_off, (form.gamma_positive, form.gamma_negative, form.clip))):
         up = z >= 0
@@ -374,8 +437,8 @@ def _backward(static: _Form, residuals: Any, g: Array) -> Any:
     }
     d_values = {}
     for name, x in values.items():
-        rows = tuple(range(z.ndim - 1)) if x.ndim else None
-        d_values[name] = jnp.sum(g * by_value[name], rows, keepdims=x.ndim > 0)
+        own = range(z.ndim) if x.ndim == z.ndim else [static.axis][: x.ndim]
+        d_values[name] = jnp.sum(g * by_value[name], tuple(i for i in range(z.ndim) if i not in own))
     d_logits = (g * (yes.factor * yes.slope + no.factor * no.slope)).astype(logits.dtype)
     d_labels = (g * (share * limit(share, d))).astype(labels.dtype) if contracts.is_floating(labels) else None
     return d_logits, d_labels, d_values

@@ -1,24 +1,29 @@
 """Softmax losses: a few lines each on the row statistics."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from . import _contracts as contracts
+from ._block import Block, Phi
 from ._contracts import Number, Range
+from ._devices import CLASSES, split_as
 from ._logits.linear import LinearLogits
-from ._numerics import accumulation_dtype, limit, product_or_zero
+from ._numerics import accumulation_dtype, limit, product_or_zero, widen
 from ._objective import objective, prepare
-from ._rows import AxisName, Options
+from ._rows import AxisName, Options, Rows
+from ._sparse import SparseDistribution
 from ._statistics import SoftmaxStatistics
 
 
 @contracts.takes_arrays
 def softmax_cross_entropy(
     logits: Array | LinearLogits,
-    labels: Array,
+    labels: Array | SparseDistribution,
     *,
     axis: int = -1,
     where: Array | None = None,
@@ -44,7 +49,8 @@ def softmax_cross_entropy(
 
     Args:
       logits: `[..., V]`, floating point: any real numbers. The softmax happens inside. Or `LinearLogits`.
-      labels: integers `[...]`, class indices in [0, V); or floats `[..., V]`, a distribution over the classes.
+      labels: integers `[...]`, class indices in [0, V); or floats `[..., V]`, a distribution over the classes; or a
+        `SparseDistribution` over a few of them.
       axis: the class axis.
       where: bool `[...]`; a False row is gone, even if it holds NaN or a bad label.
       ignore_index: rows with this integer label are gone as well.
@@ -95,17 +101,18 @@ def softmax_cross_entropy(
       torch.nn.functional.cross_entropy.
     """
     names = class_axis_name, batch_axis_name
-    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
+    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, None, reduction, *names)
     numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    return _loss("softmax_cross_entropy", _cross_entropy, logits, labels, options, numbers)
+    return _loss("softmax_cross_entropy", CROSS_ENTROPY, logits, labels, options, numbers)
 
 
 @contracts.takes_arrays
 def softmax_focal_loss(
     logits: Array | LinearLogits,
-    labels: Array,
+    labels: Array | SparseDistribution,
     *,
     gamma: Number = 2.0,
+    alpha: Number | None = None,
     axis: int = -1,
     where: Array | None = None,
     ignore_index: int | None = None,
@@ -120,15 +127,17 @@ def softmax_focal_loss(
 ) -> Array:
     """Focal loss over mutually exclusive classes: cross-entropy that turns down easy rows.
 
-        loss = (1 - p_y)^gamma * cross_entropy + z_loss w_y lse^2
+        loss = alpha sum_j w_j t_j (1 - p_j)^gamma (-log p_j) + z_loss w_y lse^2,   t = (1 - a) q + a/V
 
-    with `cross_entropy` as in `softmax_cross_entropy`, smoothed and class-weighted. For a distribution q,
-    p_y = exp(sum_j q_j log p_j). The mean divides as there.
+    with q the label, one-hot or a distribution, spread by smoothing a, and class weights w as in
+    `softmax_cross_entropy`. The mean divides as there.
 
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
-      labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
+      labels: integers `[...]` in [0, V), a distribution `[..., V]`, or a `SparseDistribution`.
       gamma: >= 0, a number or an array `[]`; 0 is the cross-entropy.
+      alpha: >= 0, a factor of the loss: a number, an array `[]`, or `[V]`, one per class, constants. Unlike
+        `class_weights` they are not what the mean divides by.
       axis: as in `softmax_cross_entropy`, like all that follow.
       where: bool `[...]`.
       ignore_index: an integer label to leave out.
@@ -148,10 +157,11 @@ def softmax_focal_loss(
       With respect to `logits` (and a distribution), to any order and in forward mode.
 
     Numerics:
-      As `softmax_cross_entropy`; 1 - p_y is -expm1(log p_y), exact where p_y rounds to 1.
+      As `softmax_cross_entropy`; 1 - p_j is -expm1(log p_j), exact where p_j rounds to 1.
 
     Cost:
-      That of `softmax_cross_entropy`.
+      That of `softmax_cross_entropy`. A distribution, or smoothing, takes one more pass over the logits; `LinearLogits`
+      in blocks of classes one more matmul.
 
     Raises:
       As `softmax_cross_entropy`; ValueError: a gamma that is negative or not finite.
@@ -163,18 +173,20 @@ def softmax_focal_loss(
       [0.0041 0.4883]
 
     Source:
-      Lin et al. 2017, "Focal loss for dense object detection", for softmax.
+      Lin et al. 2017, "Focal loss for dense object detection", for softmax; of distributions, and with smoothing, as in
+      keras.losses.CategoricalFocalCrossentropy, which divides the mean by the rows.
     """
     names = class_axis_name, batch_axis_name
-    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
+    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, None, reduction, *names)
     numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "gamma": gamma}
-    return _loss("softmax_focal_loss", _focal, logits, labels, options, numbers)
+    numbers["alpha"] = 1.0 if alpha is None else alpha
+    return _loss("softmax_focal_loss", FOCAL, logits, labels, options, numbers)
 
 
 @contracts.takes_arrays
 def softmax_poly_loss(
     logits: Array | LinearLogits,
-    labels: Array,
+    labels: Array | SparseDistribution,
     *,
     epsilon: Number = 1.0,
     axis: int = -1,
@@ -191,14 +203,14 @@ def softmax_poly_loss(
 ) -> Array:
     """Poly-1 loss over mutually exclusive classes: cross-entropy plus epsilon (1 - p_y).
 
-        loss = cross_entropy + epsilon w_y (1 - p_y) + z_loss w_y lse^2
+        loss = sum_j w_j t_j (-log p_j + epsilon (1 - p_j)) + z_loss w_y lse^2,   t = (1 - a) q + a/V
 
-    with `cross_entropy` as in `softmax_cross_entropy`, smoothed and class-weighted. For a distribution q,
-    p_y = exp(sum_j q_j log p_j) and w_y = 1. The mean divides as there.
+    with q the label, one-hot or a distribution, spread by smoothing a, and class weights w as in
+    `softmax_cross_entropy`. The mean divides as there.
 
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
-      labels: integers `[...]` in [0, V), or a distribution `[..., V]`.
+      labels: integers `[...]` in [0, V), a distribution `[..., V]`, or a `SparseDistribution`.
       epsilon: >= -1, the factor of the first polynomial term, a number or an array `[]`; 0 is the cross-entropy.
       axis: as in `softmax_cross_entropy`, like all that follow.
       where: bool `[...]`.
@@ -219,10 +231,11 @@ def softmax_poly_loss(
       With respect to `logits` (and a distribution), to any order and in forward mode.
 
     Numerics:
-      As `softmax_cross_entropy`; 1 - p_y is -expm1(log p_y), exact where p_y rounds to 1.
+      As `softmax_cross_entropy`; 1 - p_j is -expm1(log p_j), exact where p_j rounds to 1.
 
     Cost:
-      That of `softmax_cross_entropy`.
+      That of `softmax_cross_entropy`. A distribution, or smoothing, takes one more pass over the logits; `LinearLogits`
+      in blocks of classes one more matmul.
 
     Raises:
       As `softmax_cross_entropy`; ValueError: an epsilon below -1 or not finite.
@@ -234,39 +247,87 @@ def softmax_poly_loss(
       [0.3261    1.7652999]
 
     Source:
-      Leng et al. 2022, "PolyLoss".
+      Leng et al. 2022, "PolyLoss"; of distributions as optax.losses.poly_loss_cross_entropy.
     """
     names = class_axis_name, batch_axis_name
-    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, reduction, *names)
+    options = Options(axis, where, ignore_index, weights, class_weights, class_mask, None, reduction, *names)
     numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "epsilon": epsilon}
-    return _loss("softmax_poly_loss", _poly, logits, labels, options, numbers)
+    return _loss("softmax_poly_loss", POLY, logits, labels, options, numbers)
 
 
 RANGES = {
     "label_smoothing": Range(0, 1, "0 is none of it, 1 all of it; usual is 0.1."),
     "z_loss": Range(0, math.inf, "0 turns it off; usual is 1e-4."),
     "gamma": Range(0, math.inf, "0 is the cross-entropy; usual is 2."),
+    "alpha": Range(0, math.inf, "A factor of the loss; one per class has shape [V]."),
     "epsilon": Range(-1, math.inf, "Below -1 a confident mistake would be rewarded; 0 is the cross-entropy."),
 }
 
 
+class _Kind(NamedTuple):
+    """Of a loss: factor sum_j t_j (-log p_j) + phi_factor sum_j t_j phi(log p_j), t the label after smoothing."""
+
+    factors: Callable[[dict[str, Number]], tuple[Number, Number]]  # from the numbers of the loss
+    phi: Callable[[Array, Number], Array] | None = None  # of log p and a number
+    number: str | None = None  # the name of that
+    of_label: Callable[..., Array] | None = None  # (s, w_y, numbers): w_y phi(log p_y) of a class index
+
+
 def _loss(
-    function: str, of_row: Any, logits: Any, labels: Any, options: Options, numbers: dict[str, Any]
+    function: str, kind: _Kind, logits: Any, labels: Any, options: Options, numbers: dict[str, Any]
 ) -> Array:
-    """`of_row(statistics, label_weight, **numbers)`, reduced."""
-    contracts.check_array(function, "labels", labels)
+    """A loss of this kind plus z-loss, reduced."""
+    if not isinstance(labels, SparseDistribution):
+        contracts.check_array(function, "labels", labels)
+    class_alpha = None
+    if np.ndim(numbers.get("alpha", 1)):
+        class_alpha = numbers["alpha"]
+        numbers = numbers | {"alpha": 1.0}
     checked = {name: contracts.number(function, name, x, RANGES[name]) for name, x in numbers.items()}
     block, rows = prepare(function, logits, labels, options)
-    if rows.label_weight is not None and _is(0, checked.get("label_smoothing", 0.0)):
+    if class_alpha is not None:
+        block = _weighted_by_class(function, class_alpha, block, rows)
+    return loss_of_block(kind, block, rows, checked)
+
+
+def loss_of_block(kind: _Kind, block: Block, rows: Rows, checked: dict[str, Number]) -> Array:
+    """Of checked arguments; `checked` are the numbers of the loss."""
+    if rows.label_weight is not None and _is(0, checked["label_smoothing"]):
         rows = rows.only(rows.label_weight != 0)  # of which the loss is a multiple
     dtype = accumulation_dtype(block.logits.dtype)
     arrays = {name: x.astype(dtype) for name, x in checked.items() if not isinstance(x, float)}
-    arrays = {name: jnp.broadcast_to(x, rows.shape) for name, x in arrays.items()}
+    arrays = {name: rows.split(jnp.broadcast_to(x, rows.shape)) for name, x in arrays.items()}
+    if kind.phi is not None:
+        per_row = arrays.get(kind.number)
+        number: Any = 0.0 if kind.number is None or per_row is not None else checked[kind.number]
+        block = block._replace(phi=Phi(kind.phi, number, per_row))
 
-    def fn(s: SoftmaxStatistics, weight: Any, arrays: dict[str, Array]) -> Array:
-        return of_row(s, weight, **checked | arrays)
+    def fn(s: Any, weight: Any, arrays: dict[str, Array]) -> Any:
+        numbers = checked | arrays
+        a, z_loss = numbers["label_smoothing"], numbers["z_loss"]
+        cross_entropy, phi = kind.factors(numbers)
+        loss = 0.0 if _is(0, z_loss) else z_loss * weight * s.log_normalizer**2
+        if not _is(0, cross_entropy):
+            label, uniform = (lambda: -s.weighted_log_prob), (lambda: -s.mean_log_prob)
+            loss += _times(cross_entropy, _smoothed(label, uniform, a))
+        if not _is(0, phi):
+
+            def label() -> Array:
+                return s.weighted_phi if block.label is None else kind.of_label(s, weight, numbers)
+
+            loss += _times(phi, _smoothed(label, lambda: s.mean_phi, a))
+        return loss
 
     return objective(fn, block, rows, (arrays,))
+
+
+def _weighted_by_class(function: str, alpha: Any, block: Block, rows: Rows) -> Block:
+    """With a factor per class that no mean divides by: a constant, as class weights are."""
+    classes = block.logits.shape[-1:]
+    alpha = contracts.number(function, "alpha", alpha, RANGES["alpha"], others=(classes,))
+    alpha = split_as(rows.sharding, CLASSES, lax.stop_gradient(widen(alpha)))
+    weights = alpha if block.class_weights is None else alpha * block.class_weights
+    return block._replace(class_weights=weights.astype(accumulation_dtype(block.logits.dtype)))
 
 
 def _is(number: float, option: Number) -> bool:
@@ -274,43 +335,40 @@ def _is(number: float, option: Number) -> bool:
     return isinstance(option, float) and option == number
 
 
-def _cross_entropy(s: SoftmaxStatistics, weight: Any, label_smoothing: Number, z_loss: Number) -> Array:
-    return _smoothed(s, label_smoothing) + _z(s, weight, z_loss)
+def _times(factor: Number, x: Array) -> Array:
+    return x if _is(1, factor) else factor * (x if isinstance(factor, float) else limit(factor, x))
 
 
-def _focal(
-    s: SoftmaxStatistics, weight: Any, gamma: Number, label_smoothing: Number, z_loss: Number
-) -> Array:
-    loss = product_or_zero(_focus(s.log_prob, gamma), _smoothed(s, label_smoothing))
-    return loss + _z(s, weight, z_loss)
-
-
-def _poly(
-    s: SoftmaxStatistics, weight: Any, epsilon: Number, label_smoothing: Number, z_loss: Number
-) -> Array:
-    first = -epsilon * weight * jnp.expm1(s.log_prob)
-    return _smoothed(s, label_smoothing) + first + _z(s, weight, z_loss)
-
-
-def _smoothed(s: SoftmaxStatistics, a: Number) -> Array:
-    """Cross-entropy with smoothing a."""
+def _smoothed(label: Callable[[], Array], uniform: Callable[[], Array], a: Number) -> Array:
+    """The part of the label and that of all classes evenly; what is not needed is not read."""
     if _is(0, a):
-        return -s.weighted_log_prob
-    if _is(1, a):  # not 0 * -inf
-        return -s.mean_log_prob
-    label, uniform = s.weighted_log_prob, s.mean_log_prob
-    if not isinstance(a, float):
-        label, uniform = limit(1 - a, label), limit(a, uniform)
-    return -((1 - a) * label + a * uniform)
+        return label()
+    if _is(1, a):  # not 0 * inf
+        return uniform()
+    if isinstance(a, float):
+        return (1 - a) * label() + a * uniform()
+    return (1 - a) * limit(1 - a, label()) + a * limit(a, uniform())
 
 
-def _z(s: SoftmaxStatistics, weight: Any, z_loss: Number) -> Array | float:
-    return 0.0 if _is(0, z_loss) else z_loss * weight * s.log_normalizer**2
+def _focal_phi(log_p: Array, gamma: Number) -> Array:
+    return product_or_zero(_focus(log_p, gamma), -log_p)
+
+
+def _focal_of_label(s: SoftmaxStatistics, _: Any, numbers: dict[str, Number]) -> Array:
+    return product_or_zero(_focus(s.log_prob, numbers["gamma"]), -s.weighted_log_prob)
+
+
+def _poly_phi(log_p: Array, _: Number) -> Array:
+    return -jnp.expm1(log_p)
+
+
+def _poly_of_label(s: SoftmaxStatistics, weight: Any, _: dict[str, Number]) -> Array:
+    return -weight * jnp.expm1(s.log_prob)
 
 
 def _focus(log_p: Array, gamma: Number) -> Array:
     """(1 - p)^gamma, with slope 0 far below p = eps, also where log p = -inf meets a loss of +inf."""
-    log_p = jnp.where(log_p > 0, 0, log_p)  # a distribution that sums to less than 1
+    log_p = jnp.where(log_p > 0, 0, log_p)  # a rounding
     hopeless = log_p < -200
     not_p = -jnp.expm1(jnp.where(hopeless, -1, log_p))
     certain = not_p < jnp.finfo(not_p.dtype).tiny
@@ -322,3 +380,13 @@ def _focus(log_p: Array, gamma: Number) -> Array:
         flat |= certain
     exponent = int(gamma) if gamma.is_integer() else gamma  # in derivatives 0.0 ** 0.0 turns up
     return jnp.where(flat, hopeless.astype(not_p.dtype), jnp.where(flat, 1, not_p) ** exponent)
+
+
+CROSS_ENTROPY = _Kind(lambda _: (1.0, 0.0))
+FOCAL = _Kind(
+    lambda n: (n["alpha"], 0.0) if _is(0, n["gamma"]) else (0.0, n["alpha"]),
+    _focal_phi,
+    "gamma",
+    _focal_of_label,
+)
+POLY = _Kind(lambda n: (1.0, n["epsilon"]), phi=_poly_phi, of_label=_poly_of_label)

@@ -1,4 +1,4 @@
-"""The waist: row statistics of logits, how blocks of classes make them, and the one gradient formula.
+"""The waist: row statistics of logits, and how blocks of classes make them. Their gradient is in `_gradient`.
 
 Symbols, per row: z_j the logit of class j (-inf for a class that is not in force), m = max_j z_j,
 e_j = exp(z_j - m), r = sum_j e_j - 1, T = 1 + r, p_j = e_j / T, y the label, t a target (weights over classes).
@@ -6,6 +6,9 @@ e_j = exp(z_j - m), r = sum_j e_j - 1, T = 1 + r, p_j = e_j / T, y the label, t 
 r is T without the one term that is exactly 1. That term is left out of the sum, not subtracted from it, so
 log T = log1p(r) and 1 - p_j = ((1 - e_j) + r) / T have only terms >= 0: a loss of 1e-30 and its gradient come
 out as precisely as a loss of 1.
+
+The mass of all classes but some chosen ones, C, is a sum that leaves these out. With (m, r) of both parts, o and C, and
+x = T_C / T_o, log p_o = -log1p(x), and no 1 - p_C: `other_log_prob`.
 """
 
 import dataclasses
@@ -17,9 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from . import _chosen as chosen
+from ._block import Block
 from ._devices import lanes, largest
-from ._numerics import exp_difference, limit, over_rows, product_or_zero, widen
+from ._numerics import exp_difference, finite_or_0, limit, product_or_zero
+from ._others import max_and_rest_of_others, without
 from ._rows import keep, take_class
+from ._sparse import BAD
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +42,11 @@ class SoftmaxStatistics:
       entropy: -sum_j p_j log p_j.
       prediction: int32, the class of the largest logit, the first of several.
       rank: int32, how many classes have a larger logit than the label: 0 is top-1, `rank < k` is top-k.
+      class_log_probs: K of them, log p_c of the chosen `classes`; -inf in an empty slot.
+      other_log_prob: log of the mass of all classes that are not chosen: a sum without these, never 1 - sum.
 
-    `log_prob`, `weighted_log_prob` and `rank` are None without labels, `rank` also for distributions.
+    `log_prob`, `weighted_log_prob` and `rank` are None without labels, `rank` also for distributions; the last two
+    without `classes`.
     """
 
     log_prob: Array | None = None
@@ -46,11 +56,24 @@ class SoftmaxStatistics:
     entropy: Array | None = None
     prediction: Array | None = None
     rank: Array | None = None
+    class_log_probs: Array | None = None
+    other_log_prob: Array | None = None
 
 
-STATISTICS = tuple(field.name for field in dataclasses.fields(SoftmaxStatistics))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PhiStatistics(SoftmaxStatistics):
+    """Those of a loss that has a `Phi`: two more, with phi(log p_j) in place of log p_j."""
+
+    weighted_phi: Array | None = None
+    mean_phi: Array | None = None
+
+
+STATISTICS = tuple(field.name for field in dataclasses.fields(PhiStatistics))
 INTEGER_STATISTICS = ("prediction", "rank")
 TARGETS = ("log_prob", "weighted_log_prob", "mean_log_prob")  # sum_j t_j log p_j
+PHIS = ("weighted_phi", "mean_phi")  # sum_j t_j phi(log p_j)
+OF_CLASSES = ("class_log_probs", "other_log_prob")
 
 
 def harmless(counts: Array | None, statistics: SoftmaxStatistics, classes: int) -> SoftmaxStatistics:
@@ -62,50 +85,11 @@ def harmless(counts: Array | None, statistics: SoftmaxStatistics, classes: int) 
         for name, x in vars(statistics).items()
         if x is not None
     }
-    return SoftmaxStatistics(**kept)
+    return record(kept)
 
 
-class Block(NamedTuple):
-    """Some or all classes of some rows: N rows `[...]`, B classes.
-
-    `label` counts from the block's own first class, so that a label in another block hits no lane. A row's
-    label that names no class in force is -1 everywhere: `poison`.
-    """
-
-    logits: Any  # [..., B], any float dtype; before any arithmetic maybe a LinearLogits
-    label: Array | None = None  # int [...]
-    distribution: Array | None = None  # [..., B]
-    class_weights: Array | None = None  # [B]
-    class_mask: Array | None = None  # bool [B] or [..., B]: the classes in force
-
-    def wide_logits(self) -> Array:
-        z = widen(self.logits)
-        return z if self.class_mask is None else jnp.where(over_rows(self.class_mask, z.ndim), z, -jnp.inf)
-
-    def hit(self) -> Array:
-        """[..., B]: the label's lane. A comparison, not a gather or one-hot: it shards and fuses."""
-        assert self.label is not None
-        return lanes(self.logits, self.label.dtype) == self.label[..., None]
-
-    def weights_of_classes(self, dtype: Any) -> Array:
-        """[] or [1, ..., 1, B]."""
-        if self.class_weights is None:
-            return jnp.ones((), dtype)
-        return over_rows(self.class_weights.astype(dtype), self.logits.ndim)
-
-    def target(self, name: str, dtype: Any) -> Array | None:
-        """t of a statistic that is sum_j t_j log p_j, unnormalized: [] or [..., B]; None for an integer label."""
-        if name == "mean_log_prob":
-            weights = self.weights_of_classes(dtype)
-            return weights if self.class_mask is None else self.in_force(weights)
-        q = self.distribution
-        if q is None or name == "log_prob" or self.class_weights is None:
-            return q
-        return q * self.weights_of_classes(q.dtype)
-
-    def in_force(self, x: Array) -> Array:
-        """`x` `[..., B]`, 0 for a class that is not in force."""
-        return x if self.class_mask is None else jnp.where(over_rows(self.class_mask, self.logits.ndim), x, 0)
+def record(fields: dict[str, Array]) -> SoftmaxStatistics:
+    return (PhiStatistics if any(name in fields for name in PHIS) else SoftmaxStatistics)(**fields)
 
 
 class Moments(NamedTuple):
@@ -113,6 +97,20 @@ class Moments(NamedTuple):
 
     deviation: Array  # sum_j t_j (m - z_j)
     mass: Array  # sum_j t_j
+
+
+class Sums(NamedTuple):
+    """m and r of some of the classes."""
+
+    m: Array
+    r: Array
+
+
+class Expectation(NamedTuple):
+    """Of phi under a target t; the second is what its gradient needs. Made when m and r are known of all classes."""
+
+    value: Array  # sum_j t_j phi(log p_j)
+    slope: Array  # sum_j t_j phi'(log p_j)
 
 
 class Partial(NamedTuple):
@@ -129,6 +127,9 @@ class Partial(NamedTuple):
     label_weight: Array | None = None  # w_y, 0 where the label is in another block
     targets: Any = None  # Moments by the name of their statistic, of those that are sum_j t_j log p_j
     classes: Array | None = None  # how many are in force
+    class_logits: Array | None = None  # [..., K] of the chosen classes, -inf where they are in another block
+    parts: Any = None  # two Sums: of the chosen classes, each once, and of the others
+    expected: Any = None  # Expectation by the name of its statistic
 
 
 LabelLane = tuple[Array, Array] | None  # the label and z_y, if r may do with its digits
@@ -148,7 +149,7 @@ def detached_max(max_and_rest: MaxAndRest) -> MaxAndRest:
     def jvp(primals: Any, tangents: Any) -> Any:
         (z, lane), (dz, _) = primals, tangents
         m, r = function(z, lane)
-        return (m, r), (jnp.zeros_like(m), jnp.sum(exp_difference(z, m[..., None]) * dz, -1))
+        return (m, r), (jnp.zeros_like(m), jnp.sum(exp_difference(z, finite_or_0(m)[..., None]) * dz, -1))
 
     return function
 
@@ -167,7 +168,7 @@ def rest(z: Array, m: Array, lane: LabelLane) -> Array:
     is the largest; elsewhere S >= 1, and r has only the digits that log p_y needs. How many logits are the largest,
     which takes another sum over all devices, is then not asked.
     """
-    finite_m = _finite(m)[..., None]
+    finite_m = finite_or_0(m)[..., None]
     if lane is None:
         left_out = z == m[..., None]
         e_left_out = jnp.sum(left_out, -1, dtype=z.dtype)
@@ -197,15 +198,22 @@ def partial_statistics(
         label_logit = select_label(z, block)
         if "entropy" not in names:  # which, of a row that is sure of another class, is as small as r
             lane = block.label, label_logit
-    m, r = max_and_rest(z, lane)
-    finite_m = _finite(m)[..., None]
-    spread = label_weight = classes = None
+    class_logits = parts = spread = label_weight = classes = None
+    if block.classes is not None and any(name in names for name in OF_CLASSES):
+        class_logits = block.logits_at(block.classes)
+    if "other_log_prob" in names:
+        over_classes = max_and_rest if any(name not in OF_CLASSES for name in names) else None
+        parts, (m, r) = _in_two_parts(block, class_logits, over_classes)
+    else:
+        m, r = max_and_rest(z, lane)
+    finite_m = finite_or_0(m)[..., None]
 
-    def moments(t: Array) -> Moments:
-        t = t.astype(z.dtype)
-        mass = jnp.sum(jnp.broadcast_to(t, z.shape), -1)
+    def moments(t: Any) -> Moments:
+        mass, at = block.of_target(t)
+        mass = mass.astype(z.dtype)
         # a class out of force is in no target, and a target of 0 asks nothing of a logit of -inf
-        deviations = finite_m - z if t.ndim == 0 else product_or_zero(t, finite_m - z)
+        deviations = finite_m - at if mass.ndim == 0 else product_or_zero(mass, finite_m - at)
+        mass = jnp.sum(jnp.broadcast_to(mass, at.shape), -1)
         return Moments(jnp.sum(deviations, -1), mass)
 
     if "entropy" in names:
@@ -214,10 +222,30 @@ def partial_statistics(
     if label_logit is not None and "weighted_log_prob" in names and block.class_weights is not None:
         label_weight = take_class(block.class_weights, block.label)
     wanted = {name: block.target(name, z.dtype) for name in TARGETS if name in names}
-    if "mean_log_prob" in names:
+    if "mean_log_prob" in names or "mean_phi" in names:
         classes = jnp.sum(block.in_force(jnp.ones_like(z)), -1)
     targets = {name: moments(t) for name, t in wanted.items() if t is not None}
-    return Partial(m, r, spread, label_logit, label_weight, targets, classes)
+    return Partial(m, r, spread, label_logit, label_weight, targets, classes, class_logits, parts)
+
+
+def _in_two_parts(
+    block: Block, class_logits: Array, over_classes: MaxAndRest | None
+) -> tuple[tuple[Sums, Sums], Sums]:
+    """The sums of the chosen classes, of which none counts twice, and of the others; and of all.
+
+    Without `over_classes` r is T - 1: the statistics of chosen classes ask for no small r of the others.
+    """
+    classes = block.classes
+    if over_classes is not None:
+        found = over_classes(without(block, classes), None)
+    else:
+        found = max_and_rest_of_others(Block(block.logits, class_mask=block.class_mask), classes)
+    others = Sums(*found)
+    these = Sums(jnp.full_like(others.m, -jnp.inf), jnp.full_like(others.r, -1))
+    if classes.shape[-1]:
+        once = jnp.where(chosen.is_first(classes), class_logits, -jnp.inf)
+        these = Sums(*max_and_rest(once, None))
+    return (these, others), _merged(these, others)[0]
 
 
 def identity(like: Partial) -> Partial:
@@ -226,22 +254,17 @@ def identity(like: Partial) -> Partial:
     def fill(value: float, x: Any) -> Any:
         return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), x)
 
-    return fill(0, like)._replace(
-        m=fill(-jnp.inf, like.m), r=fill(-1, like.r), label_logit=fill(-jnp.inf, like.label_logit)
-    )
+    def nothing(x: Partial | Sums) -> Any:
+        return x._replace(m=fill(-jnp.inf, x.m), r=fill(-1, x.r))
+
+    parts = like.parts and (nothing(like.parts[0]), nothing(like.parts[1]))
+    logits = {name: fill(-jnp.inf, getattr(like, name)) for name in ("label_logit", "class_logits")}
+    return nothing(fill(0, like))._replace(parts=parts, **logits)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The partial statistics of two blocks together: associative, commutative, exact where one is empty.
-
-    With m = max(m_a, m_b) each side's e_j shrink by s = exp(m_side - m). The side that holds m keeps its unit
-    term out of the sum; the other side's unit term becomes an ordinary s.
-    """
-    m = jnp.maximum(a.m, b.m)
-    a_holds = a.m >= b.m
-    shrink = exp_difference(jnp.where(a_holds, b.m, a.m), jnp.where(m == -jnp.inf, 0, m))
-    r_big, r_small = jnp.where(a_holds, a.r, b.r), jnp.where(a_holds, b.r, a.r)
-    r = r_big + shrink * (1 + r_small)
+    """The partial statistics of two blocks together: associative, commutative, exact where one is empty."""
+    (m, r), shrink = _merged(Sums(a.m, a.r), Sums(b.m, b.r))
 
     def shifted_spread(x: Partial) -> Array:
         scale = jnp.where(x.m == m, 1, shrink)
@@ -264,20 +287,38 @@ def merge(a: Partial, b: Partial) -> Partial:
         label_weight=both(jnp.add, a.label_weight, b.label_weight),
         targets=both(jnp.add, shifted(a), shifted(b)),
         classes=both(jnp.add, a.classes, b.classes),
+        class_logits=both(jnp.maximum, a.class_logits, b.class_logits),
+        parts=a.parts and tuple(_merged(x, y)[0] for x, y in zip(a.parts, b.parts, strict=True)),
     )
 
 
-def poison(whole: Partial, label: Array | None) -> Partial:
+def _merged(a: Sums, b: Sums) -> tuple[Sums, Array]:
+    """The sums of both, and the factor by which those of the side that does not hold m shrink.
+
+    With m = max(m_a, m_b) each side's e_j shrink by s = exp(m_side - m). The side that holds m keeps its unit
+    term out of the sum; the other side's unit term becomes an ordinary s.
+    """
+    m = jnp.maximum(a.m, b.m)
+    a_holds = a.m >= b.m
+    shrink = exp_difference(jnp.where(a_holds, b.m, a.m), finite_or_0(m))
+    r_big, r_small = jnp.where(a_holds, a.r, b.r), jnp.where(a_holds, b.r, a.r)
+    return Sums(m, r_big + shrink * (1 + r_small)), shrink
+
+
+def poison(whole: Partial, label: Array | None, classes: Array | None = None) -> Partial:
     """Rows that have no answer get m = NaN, which makes their every statistic and gradient entry NaN.
 
-    These are rows with a NaN or +inf logit, with no finite logit at all, with a label of -1, or with NaN in the
-    distribution. (It also makes the gradient wait for all that reads the logits, so that it may overwrite them.)
+    These are rows with a NaN or +inf logit, with no finite logit at all, with a label of -1, with a chosen class that
+    is BAD, or with NaN in the distribution. `label` and `classes` count over all classes. (It also makes the gradient
+    wait for all that reads the logits, so that it may overwrite them.)
     """
     ok = jnp.isfinite(whole.m)
     for moments in whole.targets.values():
         ok &= ~jnp.isnan(moments.deviation)
     if label is not None:
         ok &= label >= 0
+    if classes is not None:
+        ok &= jnp.all(classes != BAD, -1)
     return whole._replace(m=jnp.where(ok, whole.m, jnp.nan))
 
 
@@ -293,6 +334,14 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
             found[name] = -(t.deviation + product_or_zero(t.mass, log_t))
             if name == "mean_log_prob":
                 found[name] /= whole.classes
+        elif name in PHIS:
+            found[name] = whole.expected[name].value
+            if name == "mean_phi":
+                found[name] /= whole.classes
+        elif name == "class_log_probs":
+            found[name] = -((m[..., None] - whole.class_logits) + log_t[..., None])
+        elif name == "other_log_prob":
+            found[name] = _log_share(*whole.parts)
         elif name == "log_normalizer":
             found[name] = m + log_t
         elif name == "entropy":
@@ -301,92 +350,50 @@ def finish(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
             found[name] = -((m - whole.label_logit) + log_t)
             if name == "weighted_log_prob" and whole.label_weight is not None:
                 found[name] = whole.label_weight * limit(whole.label_weight, found[name])
+    bad = jnp.isnan(m)
     # A select: XLA's CPU backend would have a sum over rows that follows include all this, one row after the other.
-    return {name: jnp.where(jnp.isnan(m), jnp.nan, x) for name, x in found.items()}
+    return {
+        name: jnp.where(bad if x.ndim == bad.ndim else bad[..., None], jnp.nan, x)
+        for name, x in found.items()
+    }
 
 
-class Terms(NamedTuple):
-    """What the exponentials of rows with integer labels are made of, where it is kept for the gradient."""
-
-    kept: Array  # [..., V]: on a CPU exp(z - m) / factor, but at the label; elsewhere z
-    factor: Array  # [...]
-    e_y: Array  # [...]
-
-
-class Exponentials(NamedTuple):
-    e: Array  # [..., V]; of the label only where its entry of the gradient is one
-    e_y: Array  # [..., 1]
+def with_expectations(whole: Partial, expected: dict[str, Expectation]) -> Partial:
+    """`whole`, poisoned where the distribution has a NaN, of which there may be no other statistic."""
+    m = whole.m
+    for found in expected.values():
+        m = jnp.where(jnp.isnan(found.value), jnp.nan, m)
+    return whole._replace(m=m, expected=expected)
 
 
-def logits_gradient(
-    block: Block, whole: Partial, g: dict[str, Array], exponentials: Exponentials | None = None
-) -> Array:
-    """d/dz_j of sum over the statistics of g * statistic, for the classes of a block: the gradient rule.
-
-    With `exponentials` the logits are read for the entropy and for distributions only.
-
-    Derivation. log p_j = z_j - m - log1p(r) and dp_k/dz_j = p_k (1[k = j] - p_j), so
-
-        d log_normalizer        / dz_j = p_j
-        d sum_k t_k log p_k     / dz_j = t_j - p_j sum_k t_k       t = onehot(y), q, w q, w/V
-        d entropy               / dz_j = -p_j (log p_j + entropy)
-
-    A label of probability near 1 asks for 1 - p_j, which is taken as ((1 - e_j) + r) / T, never by subtraction;
-    likewise t_j - p_j sum(t) = (t_j - sum(t)) + sum(t) (1 - p_j) at the largest logit.
-
-    Linear in g, by construction: forward mode is its transpose.
-    """
-    z = block.wide_logits()
-    m, r = whole.m[..., None], whole.r[..., None]
-    if exponentials is not None:
-        e, e_y = exponentials
-    else:
-        e = exp_difference(z, m)
-        e_y = None if whole.label_logit is None else exp_difference(whole.label_logit, whole.m)[..., None]
-    share = 1 / (1 + r)  # p = share e: what can be done per row is not done per class
-    g = {name: x[..., None] for name, x in g.items()}
-    found = []
-    if "log_normalizer" in g:
-        found.append((g["log_normalizer"] * share) * e)
-    if "mean_log_prob" in g:
-        per_class, mass = g["mean_log_prob"] / whole.classes[..., None], whole.targets["mean_log_prob"].mass
-        found.append(per_class * block.target("mean_log_prob", z.dtype))
-        found.append(-(per_class * mass[..., None] * share) * e)
-    if "entropy" in g:
-        log_p, entropy = (z - m) - jnp.log1p(r), finish(("entropy",), whole)["entropy"]
-        found.append(-(g["entropy"] * share) * product_or_zero(e, log_p + entropy[..., None]))
-    for name in ("log_prob", "weighted_log_prob"):
-        if name in g and block.label is not None:
-            scale = g[name]
-            if name == "weighted_log_prob" and whole.label_weight is not None:
-                scale = scale * whole.label_weight[..., None]
-            found.append(-(scale * share) * jnp.where(block.hit(), -((1 - e_y) + r), e))
-        elif name in g:
-            t, mass = block.target(name, z.dtype), whole.targets[name].mass[..., None]
-            not_p = ((1 - e) + r) * share
-            found.append(g[name] * jnp.where(z == m, (t - mass) + mass * not_p, t - mass * share * e))
-    return sum(found[1:], start=found[0])
+def _log_share(these: Sums, others: Sums) -> Array:
+    """log(T_o / (T_C + T_o)), as exact where it is -1e-20 as where it is -70."""
+    small, large = jnp.minimum(these.m, others.m), jnp.maximum(these.m, others.m)
+    shrink = exp_difference(small, finite_or_0(large))
+    up = these.m > others.m
+    t_small, t_large = (1 + jnp.where(up, a, b) for a, b in ((others.r, these.r), (these.r, others.r)))
+    ratio = shrink * t_small / t_large  # T_o / T_C where the largest logit is one of C, else T_C / T_o
+    is_share_small = up & (ratio < 1)
+    x = jnp.where(up & ~is_share_small, 1 / jnp.where(is_share_small | ~up, 1, ratio), ratio)
+    # log(ratio), which may be 0 in float32; of a part without a class it is -inf, and has no derivative
+    tiny, some = ratio < 1e-6, t_small > 0
+    log_ratio = jnp.where(
+        tiny,
+        (small - large) + jnp.log(jnp.where(some, t_small / t_large, 1)),
+        jnp.log(jnp.where(tiny, 1, ratio)),
+    )
+    log_ratio = jnp.where(some, log_ratio, -jnp.inf)
+    return jnp.where(is_share_small, log_ratio, 0) - jnp.log1p(x)
 
 
-def distribution_gradient(block: Block, whole: Partial, g: dict[str, Array]) -> Array:
-    """d/dq_j of a label distribution q: log p_j and w_j log p_j; 0 for a class that is not in force.
-
-    It is also what a direction along q is multiplied with: 0 where q_j = 0 meets log p_j = -inf, or else a teacher that
-    gives such a class no mass would be NaN in all classes.
-    """
-    log_p = (block.wide_logits() - whole.m[..., None]) - jnp.log1p(whole.r[..., None])
-    log_p = limit(block.distribution, log_p)
-    total = jnp.zeros_like(log_p)
-    for name in ("log_prob", "weighted_log_prob"):
-        if name in g:
-            scale = (
-                block.weights_of_classes(log_p.dtype)
-                if name == "weighted_log_prob"
-                else jnp.ones((), log_p.dtype)
-            )
-            total += g[name][..., None] * product_or_zero(scale, log_p)
-    return block.in_force(total)
-
-
-def _finite(m: Array) -> Array:
-    return jnp.where(m == -jnp.inf, 0, m)
+def expectations(names: tuple[str, ...], block: Block, whole: Partial) -> dict[str, Expectation]:
+    """Of the classes of a block, with m and r of all classes."""
+    z, phi, found = block.wide_logits(), block.phi, {}
+    m, log_t = whole.m[..., None], jnp.log1p(whole.r)[..., None]
+    for name in PHIS:
+        if name in names:
+            t, at = block.of_target(block.target(name, z.dtype))
+            log_p = (at - m) - log_t
+            value, slope = (jnp.sum(product_or_zero(t, of(log_p)), -1) for of in (phi, phi.slope))
+            found[name] = Expectation(value, slope)
+    return found

@@ -19,6 +19,7 @@ NUMPY_DTYPES = {
     "float16": np.float16,
 }
 IGNORED = -100
+INF = math.inf
 
 
 class Built(NamedTuple):
@@ -222,3 +223,13 @@ def pair(step: float, rows: int = 40, classes: int = 12, dtype: str = "float32",
     t = z + step * rng.normal(size=z.shape)
     cast = NUMPY_DTYPES[dtype]
     return Pair(step, z.astype(cast).astype(np.float64), t.astype(cast).astype(np.float64))
+
+
+# pairs of logits with probability 0 in one, the other or both
+SUPPORTS = {
+    "p = 0 < q": ([-INF, 1, 2], [1, 0.5, 0]),
+    "q = 0 < p": ([1, 0.5, 0], [-INF, 1, 2]),
+    "both": ([-INF, 1, 2], [0.5, 1, -INF]),
+    "disjoint": ([-INF, 1, 2], [0, -INF, -INF]),
+    "the same": ([-INF, 1, 2], [-INF, 0.5, 0]),
+}

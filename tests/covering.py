@@ -39,6 +39,7 @@ class Table(NamedTuple):
 REDUCTIONS = ("none", "sum", "mean")
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS = ("rows", "classes")  # linear logits, in blocks of these
+PER_ELEMENT = "[...]"  # an array like the logits, of elementwise losses
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "where": ("given",),
     "weights": ("given",),
@@ -50,27 +51,36 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "z_loss": (0.01,),
     "gamma": (0.5,),
     "epsilon": (2.0,),
-    "alpha": (0.3,),
+    "alpha": (0.3, "[V]", PER_ELEMENT),
     "gamma_negative": (3.0,),
     "gamma_positive": (0.5,),
     "clip": (0.1,),
-    "pos_weight": (2.5, "[V]"),
+    "pos_weight": (2.5, "[V]", PER_ELEMENT),
     "temperature": (1.5,),
+    "beta": (0.25, 0.0, 1.0),
+    "rest": ("ignore",),
+    "classes": ("given",),
     # of layers
     "bias": ("given",),
     "softcap": (3.0,),
     "layer_temperature": (0.75,),
+    "class_axis": (0,),
 }
 COMMON = {"where", "weights"}
-OF_LAYERS = {"bias", "softcap", "layer_temperature"}
+OF_LAYERS = {"bias", "softcap", "layer_temperature", "class_axis"}
 OF_SOFTMAX = {"class_mask", "axis", *COMMON, *OF_LAYERS}
 OF_LABELS = {"ignore_index", "class_weights", "label_smoothing", "z_loss", *OF_SOFTMAX}
-OF_SIGMOID = {"pos_weight", "label_smoothing", *COMMON}
+OF_DIVERGENCES = {"temperature", "rest", *OF_SOFTMAX}
+OF_SIGMOID = {"pos_weight", "label_smoothing", "axis", "ignore_index", *COMMON}
 
 
-def table(of_loss: dict[str, set[str]], **factors: tuple[Any, ...]) -> Table:
+def table(of_loss: dict[str, set[str]], elementwise: bool = False, **factors: tuple[Any, ...]) -> Table:
     taken = set.union(*of_loss.values())
-    options = {name: levels for name, levels in OPTIONS.items() if name in taken}
+    options = {
+        name: tuple(x for x in levels if elementwise or x != PER_ELEMENT)
+        for name, levels in OPTIONS.items()
+        if name in taken
+    }
     factors = {
         "loss": tuple(of_loss),
         "reduction": REDUCTIONS,
@@ -85,20 +95,21 @@ TABLES = {
     "softmax": table(
         {
             "softmax_cross_entropy": OF_LABELS,
-            "softmax_focal_loss": {"gamma", *OF_LABELS},
+            "softmax_focal_loss": {"gamma", "alpha", *OF_LABELS},
             "softmax_poly_loss": {"epsilon", *OF_LABELS},
-            "softmax_loss": {"ignore_index", *OF_SOFTMAX},
+            "softmax_loss": {"ignore_index", "classes", *OF_SOFTMAX},
             "softmax_entropy": OF_SOFTMAX,
         },
-        labels=("index", "distribution", "no labels"),
+        labels=("index", "distribution", "sparse", "no labels"),
         source=("dense", *LAYERS),
     ),
     "divergences": table(
         {
-            "softmax_kl_divergence": {"temperature", *OF_SOFTMAX},
-            "softmax_js_divergence": {"temperature", *OF_SOFTMAX},
+            "softmax_kl_divergence": OF_DIVERGENCES,
+            "softmax_js_divergence": {"beta", *OF_DIVERGENCES},
         },
-        source=("dense", "layers", "a layer and an array"),
+        target=("logits", "sparse"),
+        source=("dense", "layers", "a layer and an array", "classes"),
     ),
     "sigmoid": table(
         {
@@ -106,6 +117,7 @@ TABLES = {
             "sigmoid_focal_loss": {"gamma", "alpha", *OF_SIGMOID},
             "sigmoid_asymmetric_loss": {"gamma_negative", "gamma_positive", "clip", *OF_SIGMOID},
         },
+        elementwise=True,
         labels=("bool", "integer", "float"),
     ),
     "probability": table(
@@ -120,7 +132,10 @@ TABLES = {
     ),
 }
 LABELS = {
-    "softmax_loss": {"index", "distribution", "no labels"},
+    "softmax_cross_entropy": {"index", "distribution", "sparse"},
+    "softmax_focal_loss": {"index", "distribution", "sparse"},
+    "softmax_poly_loss": {"index", "distribution", "sparse"},
+    "softmax_loss": {"index", "distribution", "sparse", "no labels"},
     "softmax_entropy": {"no labels"},
     "binary_cross_entropy": {"bool", "integer", "float"},
     "kl_divergence": {"distribution"},
@@ -135,6 +150,7 @@ ALONE = "alone"  # a factor whose levels are those of all options, but
 # what a layer makes of its product is alone in one table; and on a mesh what is an array, or moves or adds up some
 OF_PRODUCTS = {"softmax"}
 ON_A_MESH = {"where", "weights", "ignore_index", "class_weights", "class_mask", "axis", "pos_weight", "bias"}
+ON_A_MESH |= {"classes", "alpha"}
 ON_A_MESH |= {"label_smoothing", "z_loss"}
 
 
@@ -158,7 +174,13 @@ def _forbidden(name: str, factor: str, x: Any, other: str, y: Any) -> bool:
                 other == "split" and y in ("by classes", "by both")
             )
     if factor == "labels":
-        return other == "ignore_index" and x != "index"
+        return other == "ignore_index" and x not in ("index", "integer")
+    if (
+        factor == "target"
+    ):  # blocks of classes are of one layer; of logits and a target that is not sparse of rows
+        if x == "logits":
+            return other == "rest" or (other == "source" and y == "classes")
+        return other == "source" and y == "a layer and an array"
     if factor == "source":  # the class axis of a layer is its last
         return other in (OF_LAYERS if x == "dense" else {"axis"})
     if factor == "mode" and x == "shard_map" and name in ("sigmoid", "probability"):
@@ -254,14 +276,22 @@ def cases(name: str, placed: bool) -> tuple[Case, ...]:
     ):  # what three factors decide: a mean's own arrays, and what is split where
         also = combinations_of({x: factors[x] for x in ("mode", "split", "reduction")})
         also += combinations_of({x: factors[x] for x in ("mode", "split", "source")})
+    few = {"target": ("sparse",), "mode": factors.get("mode", ())}
+    if placed and name == "divergences":  # a target that is never split as the logits are
+        also += combinations_of({**few, "split": factors["split"]})
+        also += combinations_of({**few, "source": factors["source"]})
     if placed and name != "divergences":  # which take half a second each
         also += combinations_of({"mode": factors["mode"], ALONE: alone, "reduction": ("mean",)})
     rows = covering(name, factors | {ALONE: (None, *alone)}, also)
     rows = [{**row, **dict([row[ALONE]] if row[ALONE] else [])} for row in rows]
     # a class weight of 0 hides its rows, but not with smoothing
     both = {"class_weights": ("given",), "label_smoothing": (0.2,), "labels": ("index",)}
-    weighted = combinations_of({"loss": factors["loss"], **both}) if name == "softmax" else []
-    rows += covering(name, factors | options_of(name), weighted)
+    more = combinations_of({"loss": factors["loss"], **both}) if name == "softmax" else []
+    if placed and name == "divergences":  # less the largest logit of all devices
+        more += combinations_of(
+            {**few, "source": ("dense",), "split": ("by classes",), "temperature": (1.5,)}
+        )
+    rows += covering(name, factors | options_of(name), more)
     return tuple(Case(name, tuple((f, row.get(f)) for f in {**factors, **options_of(name)})) for row in rows)
 
 

@@ -18,19 +18,21 @@ import oracle_complex as oracle
 from covering import Case
 from covering_numbers import AXIS, ROWS, build, layered, shape_of_losses, static_options
 
-OF_LAYER = {"softcap": "softcap", "layer_temperature": "temperature"}
+OF_LAYER = {"softcap": "softcap", "layer_temperature": "temperature", "class_axis": "class_axis"}
 # what rounding takes from a gradient: float32's, then that of its own dtype; layers round their operands as well
 EXACT = 4e-6
 HALF = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 AT_A_TIME = 6  # in a program: a case takes a quarter less than in a program of 80
 WITH_THE_LOGITS = ("logits", "hidden", "kernel", "bias", "advantage", "cotangent")
-TARGETS = ("labels", "target_logits", "target_hidden")
-OF_CLASSES = ("bias", "target_bias", "class_weights", "pos_weight")
+TARGETS = ("labels", "target", "target_logits", "target_hidden")
+OF_CLASSES = ("bias", "target_bias", "class_weights", "pos_weight", "alpha")
+# K of them where logits have V classes: in one place
+OF_SLOTS = ("classes", "classes_of_labels", "classes_of_target", "target")
 
 
 def loss(case: Case, x: dict[str, Any], **axes: str) -> Any:
     """The case as a user writes it, of `inputs`."""
-    arrays = ("where", "weights", "class_weights", "class_mask", "pos_weight")
+    arrays = ("where", "weights", "class_weights", "class_mask", "classes", "pos_weight", "alpha")
     options = static_options(case) | {name: x[name] for name in arrays if name in x}
     if case["loss"] == "mean":
         return jaxent.mean(x["logits"], **options, axis_name=axes.get("batch_axis_name"))
@@ -40,26 +42,36 @@ def loss(case: Case, x: dict[str, Any], **axes: str) -> Any:
         if prefix + "logits" in x:
             return x[prefix + "logits"]
         of_layer = {new: case[name] for name, new in OF_LAYER.items() if case[name] is not None}
-        return jaxent.LinearLogits(
-            *(x.get(prefix + part) for part in ("hidden", "kernel", "bias")), **of_layer
-        )
+        hidden, kernel, bias = (x.get(prefix + part) for part in ("hidden", "kernel", "bias"))
+        kernel = kernel if case["class_axis"] is None else kernel.T
+        return jaxent.LinearLogits(hidden, kernel, bias, **of_layer)
 
     f, inputs = getattr(jaxent, case["loss"]), [logits("")]
-    if case.table == "divergences":
+    if case["target"] == "sparse":
+        inputs.append(jaxent.SparseDistribution(x["classes_of_target"], x["target"]))
+    elif case.table == "divergences":
         inputs.append(logits("target_"))
     elif case["loss"] != "softmax_entropy":
-        inputs.append(x.get("labels"))
+        labels = x.get("labels")
+        if "classes_of_labels" in x:
+            labels = jaxent.SparseDistribution(x["classes_of_labels"], labels)
+        inputs.append(labels)
     if case["loss"] == "softmax_loss":
-        inputs = [functools.partial(of_statistics, labelled="labels" in x), *inputs, x["advantage"]]
+        given = {"labelled": "labels" in x, "chosen": "classes" in x}
+        inputs = [functools.partial(of_statistics, **given), *inputs, x["advantage"]]
     if case.table in ("softmax", "divergences"):
         return f(*inputs, **options, **axes)
     found = f(*inputs, **options)
     return lax.psum(found, tuple(axes.values())) if axes and case["reduction"] == "sum" else found
 
 
-def of_statistics(s: Any, advantage: Any, labelled: bool) -> Any:
+def of_statistics(s: Any, advantage: Any, labelled: bool, chosen: bool) -> Any:
     log_prob = s.log_prob if labelled else jnp.zeros_like(s.entropy)
-    return oracle.policy(log_prob, s.entropy, s.log_normalizer, s.mean_log_prob, advantage)
+    found = oracle.policy(log_prob, s.entropy, s.log_normalizer, s.mean_log_prob, advantage)
+    if not chosen:
+        return found
+    of_slots = jnp.where(jnp.isneginf(s.class_log_probs), 0, s.class_log_probs)
+    return found + oracle.of_classes(list(of_slots), s.other_log_prob)
 
 
 def spec(case: Case, name: str, x: Any) -> P:
@@ -73,7 +85,9 @@ def spec(case: Case, name: str, x: Any) -> P:
         of_rows, of_classes = "rows" if name in TARGETS and x.ndim > rows else None, None
     if name.endswith("kernel"):
         return P(None, of_classes)
-    if name in OF_CLASSES or (name == "class_mask" and x.ndim == 1):
+    if name in OF_SLOTS or (name == "labels" and case["labels"] == "sparse"):
+        of_classes = None
+    if x.ndim == 1 and name in (*OF_CLASSES, "class_mask"):
         return P(of_classes)
     axes = [of_rows, *[None] * (rows - 1)]
     if x.ndim > rows:
@@ -96,7 +110,9 @@ def placed_loss(case: Case, x: dict[str, Any], mesh: Any) -> Any:
 
 def value_and_gradients(case: Case, x: dict[str, Any], ct: Any, mesh: Any) -> Any:
     moving = {name: a for name, a in x.items() if jnp.issubdtype(a.dtype, jnp.floating)}
-    moving.pop("class_weights", None)  # constants
+    moving.pop("class_weights", None)  # constants, as a weight of each class is
+    if case.table == "softmax":
+        moving.pop("alpha", None)
     blocks = case["source"] if case["source"] in harness.LINEAR else "rows" if layered(case) else "dense"
     with harness.blocks(blocks):
         value, vjp = jax.vjp(lambda moving: placed_loss(case, x | moving, mesh), moving)

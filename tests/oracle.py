@@ -6,6 +6,7 @@ and to float labels. Nothing here subtracts two nearly equal numbers: the argmax
 exponentials, so confident rows (losses of 1e-30) keep all their digits.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ def rows_in_force(shape, where, weights):
 
 
 def softmax_loss(
-    outer,
+    f,
     logits,
     labels,
     *,
@@ -112,7 +113,7 @@ def softmax_loss(
     reduction="none",
     cotangent=None,
 ):
-    """outer(ce, lp, w) -> (loss, d/d ce, d/d lp) of a row, plus z_loss, weighted and reduced."""
+    """sum_j w_j t_j f_j, with f(softmax) -> (f_j, d f_j / d log p_j) and t the label after smoothing; plus z_loss."""
     with np.errstate(all="ignore"):
         labels = np.asarray(labels)
         z, force = class_last(logits, axis, class_mask)
@@ -139,9 +140,8 @@ def softmax_loss(
 
         a = LD(label_smoothing)
         k = w * ((1 - a) * q + np.where(force, a / force.sum(-1, keepdims=True), 0))
-        ce = -product(k, soft.log_p).sum(-1)
-        lp = product(q, soft.log_p).sum(-1)
-        loss, of_ce, of_lp = outer(ce, lp, w_y)
+        f, slope = f(soft)
+        loss = product(k, f).sum(-1)
         if z_loss:
             loss = loss + LD(z_loss) * w_y * soft.lse**2
         loss = np.where(counts, np.where(bad, np.nan, loss * weights), 0)
@@ -150,11 +150,10 @@ def softmax_loss(
             return reduce(loss, divisor, reduction)
 
         scale = (row_cotangents(cotangent, divisor, reduction) * weights)[..., None]
-        of_ce, of_lp = of_ce[..., None], of_lp[..., None]
-        dz = of_lp * soft.gradient_of_log_probs(q) - of_ce * soft.gradient_of_log_probs(k)
+        dz = soft.gradient_of_log_probs(product(k, slope))
         if z_loss:
             dz = dz + LD(z_loss) * (2 * w_y * soft.lse)[..., None] * soft.p
-        dq = product(of_lp, soft.log_p) - of_ce * w * (1 - a) * soft.log_p
+        dq = w * (1 - a) * f
 
         def finish(x):
             x = np.where(counts[..., None], np.where(bad[..., None], np.nan, x * scale), 0)
@@ -164,28 +163,28 @@ def softmax_loss(
 
 
 def softmax_cross_entropy(logits, labels, **options):
-    def outer(ce, lp, w_y):
-        return ce, np.ones_like(ce), np.zeros_like(ce)
-
-    return softmax_loss(outer, logits, labels, **options)
+    return softmax_loss(lambda soft: (-soft.log_p, -np.ones_like(soft.p)), logits, labels, **options)
 
 
-def softmax_focal_loss(logits, labels, *, gamma=2.0, **options):
+def softmax_focal_loss(logits, labels, *, gamma=2.0, alpha=1.0, **options):
+    """The sum over classes of Keras' categorical focal loss."""
     gamma = LD(gamma)
 
-    def outer(ce, lp, w_y):
-        pt, u = np.exp(lp), -np.expm1(lp)
-        slope = np.zeros_like(u) if gamma == 0 else np.where(u == 0, 0, gamma * u ** (gamma - 1))
-        return u**gamma * ce, u**gamma, -slope * product(pt, ce)
+    def f(soft):
+        u, power = soft.not_p, soft.not_p**gamma
+        slope = 0 if gamma == 0 else product(gamma * product(soft.p, soft.log_p), u ** (gamma - 1))
+        return np.multiply(alpha, -product(power, soft.log_p)), np.multiply(alpha, slope - power)
 
-    return softmax_loss(outer, logits, labels, **options)
+    return softmax_loss(f, logits, labels, **options)
 
 
 def softmax_poly_loss(logits, labels, *, epsilon=1.0, **options):
-    def outer(ce, lp, w_y):
-        return ce - LD(epsilon) * w_y * np.expm1(lp), np.ones_like(ce), -LD(epsilon) * w_y * np.exp(lp)
+    """optax's poly loss, for distributions."""
 
-    return softmax_loss(outer, logits, labels, **options)
+    def f(soft):
+        return LD(epsilon) * soft.not_p - soft.log_p, -1 - LD(epsilon) * soft.p
+
+    return softmax_loss(f, logits, labels, **options)
 
 
 def softmax_statistics(logits, labels=None, *, axis=-1, where=None, class_mask=None, cotangents=None):
@@ -286,20 +285,26 @@ def kl_rows(p, q):
     return terms.sum(-1), [difference, -product(q.p, q.centered(d))]
 
 
-def js_rows(p, q):
-    """JS(p, q), and the gradients by the logits of p and of q."""
-    d = log_ratio(p, q)
-    r = np.tanh(d / 2)  # (p - q) / (p + q)
-    log2 = np.log(LD(2))
-    log_up = np.where(np.abs(r) < 0.5, np.log1p(r), log2 - np.logaddexp(0, -d))  # log(p / m)
-    log_down = np.where(np.abs(r) < 0.5, np.log1p(-r), log2 - np.logaddexp(0, d))  # log(q / m)
-    series = sum(r ** (2 * n) / (n * (2 * n - 1)) for n in range(1, 14))
-    exact = product(1 + r, log_up) + product(1 - r, log_down)
-    terms = (p.p + q.p) / 4 * np.where(np.abs(r) < 0.2, series, exact)
-    return terms.sum(-1), [
-        product(p.p, p.centered(log_up)) / 2,
-        product(q.p, q.centered(log_down)) / 2,
-    ]
+def js_rows(p, q, beta=0.5):
+    """beta KL(q || h) + (1 - beta) KL(p || h), or a KL at the ends, and the gradients by the logits of p and of q."""
+    if beta == 0:
+        return kl_rows(p, q)
+    if beta == 1:
+        value, gradients = kl_rows(q, p)
+        return value, gradients[::-1]
+    d, b, c = log_ratio(p, q), LD(beta), 1 - LD(beta)
+    h = c * p.p + b * q.p
+
+    def log_mean(d, b, c):  # log(c + b exp(d))
+        x = b * np.expm1(d)
+        return np.where(x > -0.5, np.log1p(x), np.logaddexp(np.log(c), np.log(b) + d))
+
+    parts = []
+    for x, share, of_h in ((p, c, log_mean(-d, b, c)), (q, b, log_mean(d, c, b))):  # log(h / p), log(h / q)
+        terms = np.where(x.p == 0, h, product(x.p, expm1_minus(of_h)))
+        parts.append((share * terms.sum(-1), -share * product(x.p, x.centered(of_h))))
+    (of_p, dp), (of_q, dq) = parts
+    return of_p + of_q, [dp, dq]
 
 
 def divergence(rows, logits, target_logits, temperature, axis, class_mask, options):
@@ -331,6 +336,7 @@ def softmax_js_divergence(
     target_logits,
     *,
     temperature=1.0,
+    beta=0.5,
     axis=-1,
     where=None,
     weights=None,
@@ -339,7 +345,8 @@ def softmax_js_divergence(
     cotangent=None,
 ):
     options = (where, weights, reduction, cotangent)
-    return divergence(js_rows, logits, target_logits, temperature, axis, class_mask, options)
+    rows = functools.partial(js_rows, beta=beta)
+    return divergence(rows, logits, target_logits, temperature, axis, class_mask, options)
 
 
 def mean(losses, *, where=None, weights=None):

@@ -47,6 +47,14 @@ def policy(log_prob: Any, entropy: Any, lse: Any, mean_log_prob: Any, advantage:
     return -advantage * log_prob - 0.1 * entropy + 0.01 * lse * lse + 0.2 * mean_log_prob
 
 
+SLOTS = (0.3, -0.2, 0.4, 0.1)  # factors of the log-probabilities of chosen classes
+
+
+def of_classes(class_log_probs: list[Any], other_log_prob: Any) -> Any:
+    """What is added where classes are chosen: of those that are none, 0 is given."""
+    return sum(c * x for c, x in zip(SLOTS, class_log_probs, strict=True)) - 0.5 * other_log_prob
+
+
 def softmax(loss: str, z: np.ndarray, q: Any, force: np.ndarray, w_y: Any, o: dict[str, Any]) -> np.ndarray:
     """Rows of logits and of targets q (one-hot for a class index), w_y the class weight of the label, or 1.
 
@@ -58,23 +66,53 @@ def softmax(loss: str, z: np.ndarray, q: Any, force: np.ndarray, w_y: Any, o: di
         return entropy
     if loss == "softmax_loss":
         log_prob = 0 if q is None else (q * s.log_p).sum(-1)
-        return policy(log_prob, entropy, s.lse, mean_log_prob, o["advantage"])
-    w, a = o.get("class_weights", 1), o.get("label_smoothing", 0)
-    ce = -(1 - a) * (w * q * s.log_p).sum(-1) - a * (w * s.uniform * s.log_p).sum(-1)
-    p_y = np.exp((q * s.log_p).sum(-1))
+        found = policy(log_prob, entropy, s.lse, mean_log_prob, o["advantage"])
+        if "classes" not in o:
+            return found
+        at = np.arange(z.shape[-1]) == o["classes"][..., None]  # [..., K, V]
+        of_slots = (at * s.log_p[..., None, :]).sum(-1)
+        others = (~at.any(-2) * s.p).sum(-1)
+        return found + of_classes([of_slots[..., k] for k in range(at.shape[-2])], np.log(others))
+    # sum_j t_j f(p_j): Keras' categorical focal loss, optax's poly loss of distributions
+    t = (1 - o.get("label_smoothing", 0)) * q + o.get("label_smoothing", 0) * s.uniform
+    f = -s.log_p
     if loss == "softmax_focal_loss":
-        ce = (1 - p_y) ** o.get("gamma", 2) * ce
+        f = o.get("alpha", 1) * (1 - s.p) ** o.get("gamma", 2) * f
     if loss == "softmax_poly_loss":
-        ce = ce + o.get("epsilon", 1) * w_y * (1 - p_y)
-    return ce + o.get("z_loss", 0) * w_y * s.lse**2
+        f = f + o.get("epsilon", 1) * (1 - s.p) * force  # and no class that is not in force
+    return (o.get("class_weights", 1) * t * f).sum(-1) + o.get("z_loss", 0) * w_y * s.lse**2
 
 
-def divergence(loss: str, z: np.ndarray, t: np.ndarray, force: np.ndarray, temperature: float) -> np.ndarray:
-    p, q = LogSoftmax(z / temperature, force), LogSoftmax(t / temperature, force)
-    if loss == "softmax_kl_divergence":
-        return (q.p * (q.log_p - p.log_p)).sum(-1)
-    log_h = np.log(np.where(force, (p.p + q.p) / 2, 1))
-    return sum((x.p * (x.log_p - log_h)).sum(-1) for x in (p, q)) / 2
+def of_mean(loss: str, of_p: np.ndarray, of_q: np.ndarray, o: dict[str, Any]) -> np.ndarray:
+    """The divergence, of KL(p || h) and KL(q || h); at the ends one of them."""
+    beta = beta_of(loss, o)
+    return {0: of_q, 1: of_p}.get(beta, (1 - beta) * of_p + beta * of_q)
+
+
+def beta_of(loss: str, o: dict[str, Any]) -> float:
+    return 0 if loss == "softmax_kl_divergence" else o.get("beta", 0.5)
+
+
+def divergence(loss: str, z: np.ndarray, t: np.ndarray, force: np.ndarray, o: dict[str, Any]) -> np.ndarray:
+    p, q = (LogSoftmax(x / o.get("temperature", 1), force) for x in (z, t))
+    h = (1 - beta_of(loss, o)) * p.p + beta_of(loss, o) * q.p
+    log_h = np.log(np.where(force, h, 1))
+    of_p, of_q = ((x.p * (x.log_p - log_h)).sum(-1) for x in (p, q))
+    return of_mean(loss, of_p, of_q, o)
+
+
+def divergence_from_few(
+    loss: str, z: np.ndarray, q: np.ndarray, named: np.ndarray, force: np.ndarray, o: dict[str, Any]
+) -> np.ndarray:
+    """To a target q `[..., V]` of the classes that are `named`; all others are one more, or left out."""
+    p = LogSoftmax(z / o.get("temperature", 1), force).p
+    p, q, rest = np.where(named, p, 0), np.where(named, q, 0), np.where(named, 0, p).sum(-1, keepdims=True)
+    if o.get("rest", "bucket") == "bucket":
+        p, q = (np.concatenate(x, -1) for x in ((p, rest), (q, 1 - q.sum(-1, keepdims=True))))
+    h = (1 - beta_of(loss, o)) * p + beta_of(loss, o) * q
+    log_h = where_not_0(h, h, np.log)
+    of_p, of_q = (where_not_0(x, x, lambda x: x * (np.log(x) - log_h)).sum(-1) for x in (p, q))
+    return of_mean(loss, of_p, of_q, o)
 
 
 def sigmoid(loss: str, z: np.ndarray, y: np.ndarray, pos_weight: Any, o: dict[str, Any]) -> np.ndarray:

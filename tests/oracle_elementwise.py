@@ -49,7 +49,7 @@ def sigmoid_loss(
     with np.errstate(all="ignore"):
         z, y, w, s = LD(1) * z, probability(y), LD(1) * pos_weight, LD(label_smoothing)
         yes, no = (1 - s) * y + s / 2, (1 - s) * (1 - y) + s / 2
-        alpha_yes, alpha_no = (LD(1), LD(1)) if alpha is None else (LD(alpha), 1 - LD(alpha))
+        alpha_yes, alpha_no = (LD(1), LD(1)) if alpha is None else (LD(1) * alpha, 1 - LD(1) * alpha)
         p, q, a = sigmoid(z), sigmoid(-z), softplus(-z)
         u = np.maximum(p - LD(clip), 0)
         b = -np.log1p(-u) if clip else softplus(z)

@@ -28,11 +28,12 @@ def array(shape, dtype=HALF):
 
 
 HIDDEN, KERNEL, LABELS = array((N, D)), array((D, V)), array((N,), jnp.int32)
+TABLE = array((V, D))
 WHERE = array((N,), jnp.bool_)
 
 
-def mean(hidden, kernel, labels, where=None, block_bytes=None, **options):
-    logits = jaxent.LinearLogits(hidden, kernel, block_bytes=block_bytes)
+def mean(hidden, kernel, labels, where=None, block_bytes=None, class_axis=-1, **options):
+    logits = jaxent.LinearLogits(hidden, kernel, class_axis=class_axis, block_bytes=block_bytes)
     return jaxent.softmax_cross_entropy(logits, labels, where=where, reduction="mean", **options)
 
 
@@ -58,7 +59,8 @@ def compile_for(machine, f, *arguments, shape=None, kind=AxisType.Auto, **option
 @functools.cache
 def compiled(machine, loss, which=(0, 1), masked=False, **options):
     f = functools.partial(loss, **options)
-    arguments = (HIDDEN, KERNEL, LABELS, WHERE) if masked else (HIDDEN, KERNEL, LABELS)
+    kernel = TABLE if options.get("class_axis") == 0 else KERNEL
+    arguments = (HIDDEN, kernel, LABELS, WHERE) if masked else (HIDDEN, kernel, LABELS)
     return compile_for(machine, jax.value_and_grad(f, which), *arguments)
 
 
@@ -70,8 +72,9 @@ on_each = pytest.mark.parametrize("machine", [TPU, GPU])
 
 
 @on_each
-def test_three_matmuls_of_halves(machine):
-    found = Program(compiled(machine, mean)).matmuls()
+@pytest.mark.parametrize("class_axis", [-1, 0])
+def test_three_matmuls_of_halves(machine, class_axis):
+    found = Program(compiled(machine, mean, class_axis=class_axis)).matmuls()
     assert sum(m.operations for m in found) == 3 * 2 * N * D * V
     assert {x.dtype for m in found for x in (m.lhs, m.rhs)} == {"bf16"}
     # those of the backward take all rows at once, which are written once
@@ -79,9 +82,10 @@ def test_three_matmuls_of_halves(machine):
 
 
 @on_each
-def test_nothing_is_widened_or_copied(machine):
-    """No float32 kernel or hidden, no transposed gradient, no zeros to be added to."""
-    steps = list(Program(compiled(machine, mean)).steps())
+@pytest.mark.parametrize("class_axis", [-1, 0])
+def test_nothing_is_widened_or_copied(machine, class_axis):
+    """No float32 kernel or hidden, no transposed kernel or gradient, no zeros to be added to."""
+    steps = list(Program(compiled(machine, mean, class_axis=class_axis)).steps())
     layer = {tuple(sorted(dims)) for dims in ((N, D), (D, V))}
     for step in steps:
         x = step.instruction
@@ -90,7 +94,23 @@ def test_nothing_is_widened_or_copied(machine):
         for shape in x.shapes:
             if tuple(sorted(shape.dims)) in layer:
                 assert shape.dtype == "bf16", x.text
-                assert x.kind != "copy", x.text
+                assert x.kind not in ("copy", "transpose"), x.text
+
+
+@on_each
+@pytest.mark.parametrize("loss", [jaxent.softmax_cross_entropy, jaxent.softmax_kl_divergence])
+def test_few_classes(machine, loss):
+    """No array of the logits' size but their gradient, though a KL leaves 16 classes of each row out of a sum."""
+
+    def mean(logits, classes, probs):
+        return loss(logits, jaxent.SparseDistribution(classes, probs), reduction="mean")
+
+    arguments = array((N, V)), array((N, 16), jnp.int32), array((N, 16), jnp.float32)
+    program = compile_for(machine, jax.value_and_grad(mean), *arguments)
+    made = [step.instruction for step in Program(program).steps() if step.instruction.kind == "fusion"]
+    large = [shape for x in made for shape in x.shapes if shape.size >= N * V / 4]
+    assert [(x.dtype, x.size) for x in large] == [("bf16", N * V)]
+    assert temporaries(program) < N * V / 2
 
 
 @on_each
@@ -212,6 +232,13 @@ OF_TWO = ("softmax_kl_divergence", "softmax_js_divergence", "kl_divergence", "ca
 OF_TWO += ("sigmoid_cross_entropy", "sigmoid_focal_loss", "sigmoid_asymmetric_loss", "binary_cross_entropy")
 OTHERS = {name: (INDICES,) for name in OF_CLASSES} | {name: (TARGETS,) for name in OF_TWO}
 OTHERS |= {"softmax_entropy": (), "softmax_loss": (INDICES, NUMBERS)}
+CANDIDATES = *LAYER, INDICES, array((64,), jnp.int32)
+PAIRS = (array((256, 128)),) * 2
+OWN = {name: CANDIDATES for name in ("sampled_softmax_cross_entropy", "nce_loss", "candidate_logits")}
+OWN |= {"candidate_columns": CANDIDATES[1:]}
+OWN |= dict.fromkeys(("softmax_contrastive_loss", "sigmoid_contrastive_loss"), PAIRS)
+NUMBERS_OF = {"sigmoid_contrastive_loss": {"scale": 10.0, "bias": -10.0}}
+SAMPLERS = {"log_uniform_sampler": 384, "uniform_sampler": 384, "learned_sampler": jnp.ones(384)}
 ONE_PER_ROW = ("mean", "total_weight")  # sums of what losses give
 AS_LAYERS = [f"{name}, a layer" for name in OTHERS if name.startswith("softmax")]
 
@@ -221,19 +248,20 @@ def total(name, *arguments):
         return -advantage * s.log_prob - 0.01 * s.entropy
 
     f = functools.partial(jaxent.softmax_loss, policy) if name == "softmax_loss" else getattr(jaxent, name)
-    return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(f(*arguments)))
+    found = f(*arguments, **NUMBERS_OF.get(name, {}))
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(found))
 
 
 def test_the_table_is_that_of_all_functions():
     functions = {name for name in PUBLIC if not isinstance(getattr(jaxent, name), type)}
-    assert functions == {*OTHERS, *ONE_PER_ROW, "diagnose"}
+    assert functions == {*OTHERS, *OWN, *SAMPLERS, *ONE_PER_ROW, "diagnose"}
 
 
 @on_each
-@pytest.mark.parametrize("name", [*OTHERS, *AS_LAYERS])
+@pytest.mark.parametrize("name", [*OTHERS, *AS_LAYERS, *OWN])
 def test_every_function_compiles(machine, name):
     name, _, layer = name.partition(", ")
-    arguments = (*(LAYER if layer else (LOGITS,)), *OTHERS[name])
+    arguments = OWN.get(name) or (*(LAYER if layer else (LOGITS,)), *OTHERS[name])
 
     def f(*arguments):
         if layer:
@@ -243,3 +271,40 @@ def test_every_function_compiles(machine, name):
     of_floats = tuple(i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating))
     assert temporaries(compile_for(machine, f, *arguments)) >= 0
     assert temporaries(compile_for(machine, jax.value_and_grad(f, of_floats), *arguments)) >= 0
+
+
+@on_each
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_compiles(machine, name):
+    def f(labels):
+        samples = getattr(jaxent, name)(jax.random.key(0), SAMPLERS[name], 64)
+        return *samples, samples.log_expected_counts_of(labels)
+
+    assert temporaries(compile_for(machine, f, INDICES)) >= 0
+
+
+@on_each
+@pytest.mark.parametrize("name, matmuls", [("softmax", 4), ("sigmoid", 3)])
+def test_all_pairs(machine, name, matmuls):
+    """In tiles, whose products and gradients are the operands of matmuls in half precision, and as few as can be."""
+    pairs, features = 4096, 512
+    numbers = {"scale": 10.0} | ({"bias": -10.0} if name == "sigmoid" else {})
+    loss = functools.partial(getattr(jaxent, f"{name}_contrastive_loss"), **numbers)
+    program = compile_for(machine, jax.value_and_grad(loss, (0, 1)), *(array((pairs, features)),) * 2)
+    found = Program(program).matmuls()
+    assert sum(m.operations for m in found) == matmuls * 2 * pairs**2 * features
+    assert {x.dtype for m in found for x in (m.lhs, m.rhs)} == {"bf16"}
+    arrays = [shape for step in Program(program).everything() for shape in step.instruction.shapes]
+    assert max(x.size for x in arrays) <= pairs**2 // 2
+    assert temporaries(program) < 5 * pairs**2  # the matrix takes 4, and its gradient
+
+
+@on_each
+def test_sampled_classes_take_one_gradient_of_the_table(machine):
+    def loss(hidden, table, labels, samples):
+        f = functools.partial(jaxent.sampled_softmax_cross_entropy, class_axis=0, reduction="mean")
+        return f(hidden, table, labels, samples)
+
+    arguments = HIDDEN, array((32 * V, D)), LABELS, array((64,), jnp.int32)
+    program = compile_for(machine, jax.value_and_grad(loss, (0, 1)), *arguments)
+    assert temporaries(program) < 2 * 32 * V * D / 4

@@ -20,19 +20,26 @@ PACKAGE = Path(jaxent.__file__).parent
 # except inside _logits. A new module is a line here, and a decision.
 LAYERS = [
     {"_numerics", "_derivatives", "_devices", "_explained"},
-    {"_contracts"},
-    {"_rows"},
+    {"_contracts", "_chosen", "_divergence_terms"},
+    {"_rows", "_samplers"},
+    {"_sparse"},
+    {"_block"},
+    {"_others"},
     {"_statistics"},
+    {"_gradient"},
     {"_row_function"},
     {"_logits"},
-    {"_log_ratio", "_objective"},
-    {"_softmax", "_general", "_sigmoid", "_probability", "_divergences"},
+    {"_log_ratio", "_objective", "_pairs"},
+    {"_sparse_divergence"},
+    {"_candidate_logits", "_softmax", "_general", "_sigmoid", "_probability", "_divergences"},
+    {"_candidates", "_pair_losses"},
+    {"_contrastive"},
     {"_diagnose"},
     {"__init__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Narrower than its layer: the doctor looks at arrays from outside and shares nothing with the losses.
-ONLY = {"_diagnose": {"_contracts"}}
+ONLY = {"_diagnose": {"_contracts", "_sparse"}}
 EXTERNAL = {"jax", "numpy"} | sys.stdlib_module_names
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -171,6 +178,7 @@ def test_example_prints_something(name):
 # The whole vocabulary: one meaning, one name, one default. A second default needs a line that says why.
 ARRAYS = {
     "logits", "labels", "target_logits", "probs", "log_probs", "target_probs", "losses", "fn", "row_args",
+    "hidden", "kernel", "samples", "x", "y",
 }  # fmt: skip
 OPTIONS: dict[str, set] = {
     "axis": {-1},
@@ -179,10 +187,13 @@ OPTIONS: dict[str, set] = {
     "weights": {None},
     "class_weights": {None},
     "class_mask": {None},
+    "classes": {None},
     "pos_weight": {None},
     "label_smoothing": {0.0},
     "z_loss": {0.0},
+    "rest": {"bucket"},
     "temperature": {1.0},
+    "beta": {0.5},
     "gamma": {2.0},
     "gamma_negative": {4.0},
     "gamma_positive": {1.0},
@@ -190,7 +201,7 @@ OPTIONS: dict[str, set] = {
     "generalized": {False},
     "alpha": {None},
     "epsilon": {1.0},
-    # "mean" for softmax_loss alone: an objective of one's own is asked for its value, not for its rows
+    # "mean" where the value is asked for, and not that of rows: an objective of one's own, and losses of a whole batch
     "reduction": {"none", "mean"},
     "has_aux": {False},
     "class_axis_name": {None},
@@ -198,7 +209,18 @@ OPTIONS: dict[str, set] = {
     "axis_name": {None},
     "loss": {"softmax_cross_entropy"},
     "names": {None},
+    "bias": {None, inspect.Parameter.empty},
+    "scale": {1.0, inspect.Parameter.empty},
+    "symmetric": {True},
+    "ids": {None},
+    "block_bytes": {None},
+    "log_expected_counts": {None},
+    "label_log_expected_counts": {None},
+    "remove_accidental_hits": {True},
+    "class_axis": {-1},
+    "unique": {True},
 }
+SAMPLERS = {"key", "classes", "counts", "number"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -209,7 +231,8 @@ def test_parameters_are_named_alike(name):
             assert parameter.name in OPTIONS, f"`{parameter.name}`: a new word for the vocabulary"
             assert parameter.default in OPTIONS[parameter.name], parameter
         else:
-            assert parameter.name in ARRAYS, f"`{parameter.name}`: options are keyword-only"
+            allowed = SAMPLERS if name.endswith("_sampler") else ARRAYS
+            assert parameter.name in allowed, f"`{parameter.name}`: options are keyword-only"
             assert parameter.default in (inspect.Parameter.empty, None), parameter
     order = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     common = [option for option in ("axis", "where", "weights", "reduction") if option in order]
@@ -229,7 +252,7 @@ def test_shared_options_are_in_the_order_of_their_record(name):
 def test_reduction_of_the_losses(name):
     reduction = inspect.signature(getattr(jaxent, name)).parameters.get("reduction")
     if reduction is not None:
-        assert reduction.default == ("mean" if name == "softmax_loss" else "none")
+        assert reduction.default == ("mean" if name == "softmax_loss" or "contrastive" in name else "none")
 
 
 def test_dataclasses_are_frozen():

@@ -3,6 +3,7 @@
 tests/devices/test_covering.py runs the sets of eight devices; that both sets cover what they should is shown here.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -60,7 +61,8 @@ def test_two_oracles(table):
     """Complex steps here, derivations there; what is hidden is garbage to the other one."""
     checked = 0
     for case in covering.cases(table, placed=False):
-        if case["source"] != "dense" or case["loss"] == "softmax_loss":
+        few = "sparse" in (case["labels"], case["target"])  # which the other one does not know
+        if case["source"] != "dense" or case["loss"] == "softmax_loss" or few:
             continue
         built = covering_numbers.build(case)
         inputs = {
@@ -83,7 +85,46 @@ def test_two_oracles(table):
                     g, built.gradients[name], rtol=1e-11, atol=1e-12, err_msg=f"{case} {name}"
                 )
         checked += 1
-    assert checked > 10
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("table", ["softmax", "divergences"])
+def test_two_oracles_of_few_classes(table):
+    """To the other one labels are a dense distribution; and of a target it takes K + 1 classes, each as it is."""
+    checked = 0
+    for case in covering.cases(table, placed=False):
+        few = "target" if case["target"] == "sparse" else "labels"
+        if case["source"] != "dense" or case["loss"] == "softmax_loss" or case[few] != "sparse":
+            continue
+        built = covering_numbers.build(case)
+        x = {name: a.astype(np.float64) if a.dtype.kind in "fV" else a for name, a in built.inputs.items()}
+        options = covering_numbers.static_options(case) | {"reduction": case["reduction"]}
+        axis = options.pop("axis", -1)
+        z, force = oracle.class_last(x.pop("logits"), axis, x.pop("class_mask", None))
+        probs, classes = (np.moveaxis(x.pop(name), axis, -1) for name in (few, f"classes_of_{few}"))
+        at = (np.arange(covering_numbers.V) == classes[..., None]) & (probs != 0)[..., None]
+        q = np.where(at, probs[..., None], 0).sum(-2)
+        if few == "target":
+            if options.pop("rest", None):  # which is no divergence
+                continue
+            with np.errstate(all="ignore"):
+                named, p = at.any(-2), oracle.Softmax(z / options.pop("temperature", 1)).p
+                rest = np.where(named, 0, p).sum(-1), 1 - q.sum(-1)
+                parts = zip((np.where(named, p, 0), q), rest, strict=True)
+                z, q = (np.log(np.append(a, b[..., None], -1)) for a, b in parts)
+        f = functools.partial(getattr(oracle, case["loss"]), z, q, **options, **x)
+        if few == "labels":
+            f = functools.partial(f, class_mask=force)
+        np.testing.assert_allclose(f(), built.value, rtol=1e-12, atol=1e-13, err_msg=str(case))
+        if few == "labels":
+            dz, dq = f(cotangent=built.cotangent)
+            of_slots = np.where(at, dq[..., None, :], 0).sum(-1)
+            for name, g in ("logits", dz), ("labels", of_slots):
+                want = np.moveaxis(built.gradients[name], axis, -1)
+                want = np.where(probs == 0, 0, want) if name == "labels" else want
+                np.testing.assert_allclose(g, want, rtol=1e-11, atol=1e-12, err_msg=f"{case} {name}")
+        checked += 1
+    assert checked > 5
 
 
 def test_class_weights_with_smoothing():

@@ -219,6 +219,40 @@ def test_an_unknown_loss_names_the_known_ones():
         jaxent.diagnose(LOGITS, LABELS, loss="mse")
 
 
+@pytest.mark.parametrize(
+    ("classes", "probs", "name", "fix"),
+    [
+        ([[0, 1], [2, -1]], [[0.5, 0.5], [1, 0]], None, None),
+        ([[0, 1], [3, -1]], [[0.5, 0.5], [1, 0]], "labels-out-of-range", "an empty slot has probability 0"),
+        (
+            [[0, 1], [2, 1]],
+            [[0.5, 0.25], [0.5, 0.125]],
+            "not-a-distribution",
+            "softmax_kl_divergence(logits, labels)",
+        ),
+        ([[0, 1], [2, -1]], [[3, 2], [1, 0]], "not-a-distribution", "probs / probs.sum(-1, keepdims=True)"),
+        ([[0, 1], [2, 1]], [[1.5, -0.5], [1, 0]], "not-a-distribution", "probs / probs.sum"),
+        ([[0, 1], [2, 1]], [[np.nan, 0.5], [1, 0]], "not-a-distribution", "probs are NaN"),
+        ([[], []], [[], []], "not-a-distribution", "softmax_kl_divergence(logits, labels)"),
+    ],
+)
+def test_a_few_classes(classes, probs, name, fix):
+    labels = jaxent.SparseDistribution(np.array(classes, int), np.float32(probs))
+    found = jaxent.diagnose(LOGITS[:2], labels)
+    assert found.subject.endswith(f"labels SparseDistribution[2, {len(classes[0])}])")
+    assert [x.name for x in found.findings] == [name] * (name is not None)
+    assert all(fix in x.fix for x in found.findings)
+
+
+def test_a_few_classes_where_none_are_taken():
+    labels = jaxent.SparseDistribution(np.array([[0, 1]]), np.float32([[0.5, 0.5]]))
+    with pytest.raises(TypeError, match="must be an array of real numbers, but is a SparseDistribution"):
+        jaxent.diagnose(LOGITS[:1], labels, loss=SIGMOID)
+    with pytest.raises(ValueError, match=r"`labels.classes` must be of shape \[8, K\]"):
+        jaxent.diagnose(LOGITS, labels)
+    assert jaxent.diagnose(np.float32(1), labels).findings[0].name == "shapes"
+
+
 def test_traced_values_are_refused():
     with pytest.raises(
         TypeError, match=r"`logits` must be real arrays, but is traced. Call `diagnose` outside jit"

@@ -10,6 +10,7 @@ import pytest
 import harness
 import jaxent
 import oracle
+from cases import SUPPORTS
 from harness import difference
 from tables import spread, thinned
 
@@ -64,19 +65,10 @@ def test_classes_far_from_the_other_distribution(name):
     assert_close(compiled(getattr(jaxent, name))(z, t), want)
 
 
-ROWS = {
-    "p = 0 < q": ([-INF, 1, 2], [1, 0.5, 0]),
-    "q = 0 < p": ([1, 0.5, 0], [-INF, 1, 2]),
-    "both": ([-INF, 1, 2], [0.5, 1, -INF]),
-    "disjoint": ([-INF, 1, 2], [0, -INF, -INF]),
-    "the same": ([-INF, 1, 2], [-INF, 0.5, 0]),
-}
-
-
 @names
 def test_supports_that_differ(name):
     """Value; reverse and forward mode, which say the same and are finite; second derivatives, too."""
-    z, t = (F32(x) for x in zip(*ROWS.values(), strict=True))
+    z, t = (F32(x) for x in zip(*SUPPORTS.values(), strict=True))
     rng = np.random.default_rng(1)
     dz, dt = F32(rng.normal(size=z.shape)), F32(rng.normal(size=z.shape))
     rows, ones = getattr(jaxent, name), jnp.ones(len(z))

@@ -26,25 +26,26 @@ CASES = [  # source, whether the class axis is split, reduction; every second on
 
 
 def inputs(seed=0):
-    """Hidden states and kernel of the logits, and of the target; a temperature per row."""
+    """Hidden states and kernel of the logits, and of the target; a temperature and a beta per row."""
     rng = np.random.default_rng(seed)
     pair = [rng.normal(size=shape) for shape in ((N, D), (D, V)) * 2]
-    return [*map(jnp.asarray, pair), jnp.asarray(rng.uniform(0.5, 2, size=N))]
+    return [*map(jnp.asarray, (*pair, rng.uniform(0.5, 2, size=N), rng.uniform(0.1, 0.9, size=N)))]
 
 
-def naive(name, hidden, kernel, target_hidden, target_kernel, temperature):
+def naive(name, *x):
+    hidden, kernel, target_hidden, target_kernel, temperature, beta = x
     pair = hidden @ kernel, target_hidden @ target_kernel
     log_p, log_q = (nn.log_softmax(z / temperature[:, None]) for z in pair)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if name == NAMES[0]:
         return jnp.sum(q * (log_q - log_p), -1)
-    log_h = jnp.log((p + q) / 2)
-    return jnp.sum(p * (log_p - log_h) + q * (log_q - log_h), -1) / 2
+    log_h = jnp.log((1 - beta)[:, None] * p + beta[:, None] * q)
+    return (1 - beta) * jnp.sum(p * (log_p - log_h), -1) + beta * jnp.sum(q * (log_q - log_h), -1)
 
 
 def divergence(name, source, split, reduction, *x):
     """Of classes that are all in one place, or split along a mapped axis."""
-    hidden, kernel, target_hidden, target_kernel, temperature = x
+    hidden, kernel, target_hidden, target_kernel, temperature, beta = x
     hiddens, kernels = (hidden, target_hidden), (kernel, target_kernel)
 
     def of_classes(*kernels):
@@ -52,8 +53,9 @@ def divergence(name, source, split, reduction, *x):
             jaxent.LinearLogits(h, k) if is_layer else h @ k
             for is_layer, h, k in zip(SOURCES[source], hiddens, kernels, strict=True)
         ]
-        axes = {"class_axis_name": "classes"} if split else {}
-        return getattr(jaxent, name)(*pair, temperature=temperature, reduction=reduction, **axes)
+        options = {"class_axis_name": "classes"} if split else {}
+        options |= {"beta": beta} if name == NAMES[1] else {}
+        return getattr(jaxent, name)(*pair, temperature=temperature, reduction=reduction, **options)
 
     if not split:
         return of_classes(*kernels)
@@ -71,7 +73,7 @@ def curvature(f, x, directions):
 
 @thinned(2, "name, case", NAMES, CASES)
 def test_the_hessian_of_a_square(name, case, x64):
-    """By both logits and the temperature at once."""
+    """By both logits, the temperature and beta at once."""
     source, split, reduction = case
 
     @compiled

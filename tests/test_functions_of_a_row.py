@@ -54,6 +54,7 @@ def test_fn_sees_one_row(shape, source):
         fields = {
             field.name: getattr(s, field.name) for field in dataclasses.fields(jaxent.SoftmaxStatistics)
         }
+        assert fields.pop("class_log_probs").shape == (2,)
         assert {x.shape for x in fields.values()} == {()}
         assert {name for name, x in fields.items() if x.dtype == jnp.int32} == {"prediction", "rank"}
         assert {x.dtype for name, x in fields.items() if name not in ("prediction", "rank")} == {
@@ -67,9 +68,9 @@ def test_fn_sees_one_row(shape, source):
 
     def loss(layer, advantage, reduction):
         logits = logits_of(source, layer)
-        where = jnp.ones(shape, bool)
+        where, labels, classes = jnp.ones(shape, bool), jnp.zeros(shape, int), jnp.zeros((*shape, 2), int)
         return jaxent.softmax_loss(
-            fn, logits, jnp.zeros(shape, int), advantage, rows, keys, where=where, reduction=reduction
+            fn, logits, labels, advantage, rows, keys, where=where, classes=classes, reduction=reduction
         )
 
     with harness.blocks(source):

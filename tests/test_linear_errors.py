@@ -18,7 +18,7 @@ ERRORS = {
     "kernel transposed": (
         {"kernel": KERNEL.T}, ValueError,
         "`logits.kernel` must be of shape [2, V] (`hidden` is float32[4, 2]), but is float32[3, 2]. "
-        "It looks transposed: pass `kernel.T`.",
+        "It looks transposed: pass `class_axis=0`.",
     ),
     "another kernel": (
         {"kernel": np.zeros((5, 3), F32)}, ValueError,
@@ -80,7 +80,8 @@ ERRORS = {
     ),
     "axis 0": (
         {"axis": 0}, ValueError,
-        "`axis` must be the last axis, but is 0. The classes of a LinearLogits are the columns of its kernel.",
+        "`axis` must be the last axis, but is 0. "
+        "The classes of a LinearLogits come last; `class_axis` is that of its kernel.",
     ),
     "labels [N + 1]": (
         {"labels": np.zeros(5, np.int32)}, ValueError,
@@ -122,7 +123,7 @@ def test_errors_of_target_logits():
         (
             jaxent.LinearLogits(HIDDEN, KERNEL.T),
             "`target_logits.kernel` must be of shape [2, V] (`hidden` is float32[4, 2]), but is float32[3, 2]. "
-            "It looks transposed: pass `kernel.T`.",
+            "It looks transposed: pass `class_axis=0`.",
         ),
         (
             jaxent.LinearLogits(HIDDEN, KERNEL[:, :2]),

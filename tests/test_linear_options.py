@@ -16,7 +16,10 @@ from tables import spread
 VALUES = {
     "labels": np.array([3, 10, 0, 99, 5, 1, 7], np.int32),
     "target_logits": layer_of(FLAT, seed=5),
-    "fn": lambda s, *args: (sum(args, -s.log_prob), {"hit": s.rank < 2, "entropy": s.entropy}),
+    "fn": lambda s, *args: (
+        sum(args, -s.log_prob - s.other_log_prob),
+        {"hit": s.rank < 2, "entropy": s.entropy},
+    ),
     "row_args": (ADVANTAGE,),
     "axis": 1,
     "where": np.arange(7) != 4,
@@ -28,8 +31,12 @@ VALUES = {
     "z_loss": 0.125,
     "gamma": 1.5,
     "epsilon": 0.5,
+    "alpha": np.linspace(0.5, 2, 11, dtype=F32),
+    "beta": 0.25,
+    "rest": "ignore",
     "temperature": 2.0,
-    "names": ("rank", "log_prob"),
+    "classes": np.stack([np.arange(7), np.arange(7)[::-1]], -1).astype(np.int32),
+    "names": ("rank", "log_prob", "class_log_probs", "other_log_prob"),
     "reduction": ("none", "sum", "mean"),
     "has_aux": True,
     "class_axis_name": "classes",
@@ -45,6 +52,7 @@ TAKES_LOGITS = [
 
 def test_the_functions_that_take_logits():
     softmax = {name for name in vars(jaxent) if name.startswith("softmax_")}
+    softmax = {name for name in softmax if "logits" in inspect.signature(getattr(jaxent, name)).parameters}
     assert softmax == set(TAKES_LOGITS) - {"diagnose"}
 
 

@@ -13,7 +13,9 @@ import pytest
 import harness
 import jaxent
 import oracle
-from jaxent._statistics import Block, finish, logits_gradient, merge, partial_statistics
+from jaxent._block import Block
+from jaxent._gradient import logits_gradient
+from jaxent._statistics import finish, merge, partial_statistics
 
 N, V = 6, 11
 EPS = float(np.finfo(np.float32).eps)

@@ -34,17 +34,39 @@ ERRORS = [
     (lambda f: f(Z, Y, where=np.ones((4, 1), bool)), ValueError, "must be of shape [4, 3]"),
     (lambda f: f(Z, Y, weights=np.ones(4)), ValueError, "must be of shape [4, 3]"),
     (lambda f: f(Z, Y, where=np.ones((4, 3))), TypeError, "`where` must be a bool array"),
-    (lambda f: f(Z, Y, pos_weight=np.ones((4, 3), np.float32)), ValueError,
-     "jaxent.{f}: `pos_weight` must be of shape [] or [3], but is float32[4, 3]. "
-     "It multiplies the positive half of the loss; for weights of elements use `weights`."),
+    (lambda f: f(Z, Y, pos_weight=np.ones((1, 3), np.float32)), ValueError,
+     "jaxent.{f}: `pos_weight` must be of shape [] or [3] or [4, 3], but is float32[1, 3]. "
+     "It multiplies the positive half of the loss; one per class is `[V]` along `axis`."),
+    (lambda f: f(Z, Y, pos_weight=np.ones(3), axis=0), ValueError,
+     "`pos_weight` must be of shape [] or [4] or [4, 3], but is float32[3]. "),
+    (lambda f: f(Z[0], Y[0], pos_weight=np.ones(4)), ValueError,
+     "`pos_weight` must be of shape [] or [3], but is float32[4]. "),
+    (lambda f: f(0.5, 1, pos_weight=np.ones(1)), ValueError,
+     "`pos_weight` must be of shape [], but is float32[1]. "),
+    (lambda f: f(Z, Y, pos_weight=np.ones((4, 3), bool)), TypeError,
+     "`pos_weight` must be a number or an array of one, but is bool[4, 3]. "),
     (lambda f: f(Z, Y, pos_weight=np.float32([1, -1, 2])), ValueError,
      "jaxent.{f}: `pos_weight` must be a finite number >= 0, but is -1.0. "
-     "It multiplies the positive half of the loss; for weights of elements use `weights`."),
+     "It multiplies the positive half of the loss; one per class is `[V]` along `axis`."),
+    (lambda f: f(Z, Y, pos_weight=np.where(np.arange(12).reshape(4, 3) == 7, np.nan, 1)), ValueError,
+     "`pos_weight` must be a finite number >= 0, but is nan. "),
+    (lambda f: f(Z, Y, axis=2), ValueError,
+     "jaxent.{f}: `axis` must be an axis of `logits`, which is float32[4, 3], but is 2. "
+     "`axis` is the one class axis."),
+    (lambda f: f(Z, Y, axis=(0, 1)), ValueError, "`axis` must be an axis of `logits`"),
+    (lambda f: f(0.5, 1, axis=1), ValueError, "`axis` must be an axis of `logits`, which is float32[], but is 1. "),
+    (lambda f: f(Z, Y, ignore_index=255), ValueError,
+     "jaxent.{f}: `ignore_index` must be an int beside integer labels, but is 255. "
+     "It hides rows by their label; hide rows of a distribution with `where=`."),
+    (lambda f: f(Z, Y > 0, ignore_index=255), ValueError, "`ignore_index` must be an int beside integer labels"),
+    (lambda f: f(Z, Y.astype(int), ignore_index=255.0), ValueError,
+     "`ignore_index` must be an int beside integer labels, but is 255.0."),
+    (lambda f: f(Z, Y.astype(int)[:, :1], ignore_index=255), ValueError, ROWS.replace("{got}", "int32[4, 1]")),
     (lambda f: f(Z, Y, label_smoothing=np.ones(3)), ValueError,
      "jaxent.{f}: `label_smoothing` must be of shape [], but is float32[3]. It moves labels towards 1/2."),
     (lambda f: f(Z, Y, pos_weight=-1), ValueError,
      "jaxent.{f}: `pos_weight` must be a finite number >= 0, but is -1. "
-     "It multiplies the positive half of the loss; for weights of elements use `weights`."),
+     "It multiplies the positive half of the loss; one per class is `[V]` along `axis`."),
     (lambda f: f(Z, Y, label_smoothing=1.5), ValueError,
      "jaxent.{f}: `label_smoothing` must be in [0, 1], but is 1.5. It moves labels towards 1/2."),
     (lambda f: f(Z, Y, label_smoothing=float("nan")), ValueError,
@@ -61,15 +83,16 @@ OPTION_ERRORS = [
     (
         sigmoid_focal_loss,
         {"alpha": 1.1},
-        "`alpha` must be in [0, 1], but is 1.1. Positives weigh alpha, negatives 1 - alpha: one number. For one "
-        "per class pass `pos_weight=alpha / (1 - alpha)` and multiply the losses by `1 - alpha`.",
+        "`alpha` must be in [0, 1], but is 1.1. Positives weigh alpha, negatives 1 - alpha; one per class is `[V]` "
+        "along `axis`.",
     ),
     (
         sigmoid_focal_loss,
-        {"alpha": np.full(3, 0.25)},
-        "`alpha` must be of shape [], but is float32[3]. Positives weigh alpha, negatives 1 - alpha: one number. For "
-        "one per class pass `pos_weight=alpha / (1 - alpha)` and multiply the losses by `1 - alpha`.",
+        {"alpha": np.full(4, 0.25)},
+        "`alpha` must be of shape [] or [3] or [4, 3], but is float32[4]. Positives weigh alpha, negatives 1 - alpha; "
+        "one per class is `[V]` along `axis`.",
     ),
+    (sigmoid_focal_loss, {"alpha": np.float32([0.5, -0.25, 1])}, "`alpha` must be in [0, 1], but is -0.25. "),
     (
         sigmoid_asymmetric_loss,
         {"gamma_negative": -1},

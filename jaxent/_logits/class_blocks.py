@@ -5,6 +5,7 @@ But a row's cotangent is known after the last block only, so the logits are comp
 groups (`layout.RowLayout`): then `[N]` is `[n, *groups]` everywhere.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._block import Block
 from .._derivatives import (
     Perturbed,
     reverse_mode_only,
@@ -23,16 +25,10 @@ from .._derivatives import (
     zeros_like_any,
 )
 from .._devices import is_known, made_once
+from .._gradient import distribution_gradient, logits_gradient, phi_gradient
 from .._rows import keep
-from .._statistics import (
-    Block,
-    Partial,
-    distribution_gradient,
-    identity,
-    logits_gradient,
-    merge,
-    partial_statistics,
-)
+from .._sparse import SparseDistribution
+from .._statistics import PHIS, Expectation, Partial, expectations, identity, merge, partial_statistics
 from . import dense, linear
 from .layout import ClassLayout
 from .row_blocks import blocks_that_count, order_of_rows, put_rows, take_rows
@@ -67,6 +63,13 @@ def partials(
     return _in_blocks_of_rows(_partials, Static(names, layout, 0), block, counts, label_logit)
 
 
+def expected(
+    layout: ClassLayout, names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial
+) -> dict[str, Expectation]:
+    """What these classes add to the expectations that `names` need, with m and r of all classes: `whole`."""
+    return _in_blocks_of_rows(_expected, Static(names, layout, 0), block, counts, whole)
+
+
 def slope(
     layout: ClassLayout, names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial
 ) -> dict[str, Array]:
@@ -77,19 +80,29 @@ def slope(
 def _in_blocks_of_rows(rule: Any, static: Static, block: Block, counts: Array | None, of_rows: Any) -> Any:
     """`rule` of all rows, or of some at a time, of which those that do not count are left out."""
     rows, *groups, _ = block.logits.hidden.shape
-    wide = block.distribution is not None or (block.class_mask is not None and block.class_mask.ndim > 1)
+    wide = isinstance(block.distribution, Array) or (
+        block.class_mask is not None and block.class_mask.ndim > 1
+    )
     blocks = min(rows * math.prod(groups) // ROWS, rows, 8) if is_known(rows) else 1
     if counts is None or wide or blocks < 2:
         inputs = Inputs(block, counts, of_rows, jnp.ones((), jnp.int32))
         return _apply(rule, static._replace(rows=rows), inputs)
     size = -(-rows // blocks)
     order = order_of_rows(counts, size * blocks, (rows, *groups))  # beyond N: what fills the last block
-    per_row, label, of_rows = take_rows(order, (linear.per_row_fields(block.logits), block.label, of_rows))
-    block = block._replace(logits=linear.replace(block.logits, per_row), label=label)
+    per_row = linear.per_row_fields(block.logits), _of_rows(block), of_rows
+    fields, beside, of_rows = take_rows(order, per_row)
+    block = block._replace(logits=linear.replace(block.logits, fields), **beside)
     needed = blocks_that_count(counts, size)
     counts = take_rows(order, counts) & (order < rows)
     found = _apply(rule, static._replace(rows=size), Inputs(block, counts, of_rows, needed))
-    return put_rows(order, jax.tree.map(lambda x: jnp.zeros((rows, *groups), x.dtype), found), found)
+    return put_rows(order, jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), found), found)
+
+
+def _of_rows(block: Block) -> dict[str, Any]:
+    """What rows have beside their logits, but for arrays over the classes."""
+    q = block.distribution if isinstance(block.distribution, SparseDistribution) else None
+    found = {"label": block.label, "distribution": q, "classes": block.classes, "phi": block.phi}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def _apply(rule: Any, static: Static, inputs: Inputs) -> Any:
@@ -104,12 +117,23 @@ _partials = jax.custom_vjp(_partials_primal, nondiff_argnums=(0,))
 _partials.defvjp(lambda static, inputs: (_partials_primal(static, inputs), None), lambda *_: (None,))
 
 
+def _expected_primal(static: Static, inputs: Inputs) -> dict[str, Expectation]:
+    return _expectation_pass(static, _hide(inputs))
+
+
+_expected = jax.custom_vjp(_expected_primal, nondiff_argnums=(0,))
+_expected.defvjp(lambda static, inputs: (_expected_primal(static, inputs), None), lambda *_: (None,))
+
+
 def _gradient(static: Static, inputs: Inputs, perturbed: Perturbed, g: dict[str, Array]) -> Inputs:
     return Inputs(_backward_pass((static, perturbed), _hide(inputs), g), None, None, None)
 
 
 def _zeros(static: Static, inputs: Inputs) -> dict[str, Array]:
-    return {name: zeros_like_any(inputs, inputs.of_rows.m) for name in static.names}
+    return {
+        name: zeros_like_any(inputs, x)
+        for name, x in dense.like_results(static.names, inputs.of_rows).items()
+    }
 
 
 _slope = slope_rule(_zeros, _gradient)
@@ -120,7 +144,7 @@ def _hide(inputs: Inputs) -> Inputs:
     block, counts = inputs.block, inputs.counts
     if counts is None:
         return inputs
-    q = None if block.distribution is None else keep(counts[..., None], block.distribution)
+    q = jax.tree.map(lambda x: keep(counts[..., None], x), block.distribution)
     logits = linear.without_hidden_rows(block.logits, counts)
     return inputs._replace(block=block._replace(logits=logits, distribution=q))
 
@@ -167,6 +191,27 @@ def _forward_pass(stop: bool, static: Static, inputs: Inputs) -> tuple[Partial, 
 
 
 @stopping_early
+def _expectation_pass(stop: bool, static: Static, inputs: Inputs) -> dict[str, Expectation]:
+    block, whole = inputs.block, inputs.of_rows
+
+    def of_part(start: Any, classes: int, row: Any) -> dict[str, Expectation]:
+        part = _part(static, block, row, start, classes)
+        part = part._replace(logits=linear.from_product(part.logits, linear.product(part.logits)))
+        return expectations(static.names, part, _rows(whole, row, static.rows))
+
+    def over_rows(start: Any, classes: int, carry: Any) -> Any:
+        def step(row: Any, carry: Any) -> Any:
+            total = jax.tree.map(jnp.add, _rows(carry, row, static.rows), of_part(start, classes, row))
+            return _put(carry, total, row)
+
+        return _over_rows(stop, static, inputs, step, carry)
+
+    names = [name for name in PHIS if name in static.names]
+    init = {name: Expectation(jnp.zeros_like(whole.m), jnp.zeros_like(whole.m)) for name in names}
+    return _over_classes(static, inputs, over_rows, init)
+
+
+@stopping_early
 def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g: dict[str, Array]) -> Block:
     """The gradients of what is perturbed, None for the rest."""
     static, perturbed = how
@@ -190,9 +235,12 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
 
         dz = of_counting_rows(logits_gradient(built, part_whole, part_g))
         d_options, d_product = vjp(dz)
-        distribution = None
-        if is_perturbed.distribution:
-            distribution = of_counting_rows(distribution_gradient(built, part_whole, part_g))
+        distribution = phi = None
+        if any(jax.tree.leaves(is_perturbed.distribution)):
+            distribution = distribution_gradient(built, part_whole, part_g)
+            distribution = jax.tree.map(of_counting_rows, distribution)
+        if any(jax.tree.leaves(is_perturbed.phi)):
+            phi = dataclasses.replace(part.phi, per_row=keep(counts, phi_gradient(built, part_whole, part_g)))
         wanted, layer = is_perturbed.logits, part.logits
         operand = made_once(linear.operand(layer, d_product))
         fields = d_options | {"bias": linear.bias_gradient(wanted, d_product)}
@@ -201,7 +249,7 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
         if wanted.kernel:
             fields["kernel"] = linear.kernel_gradient(layer, operand)
         layer = linear.replace(linear.without_arrays(layer), fields)
-        return Block(layer, distribution=distribution)
+        return Block(layer, distribution=distribution, phi=phi)
 
     def over_rows(start: Any, classes: int, total: _Total) -> _Total:
         """Adds to what rows and all classes have, and writes what the classes of a block have."""
@@ -217,25 +265,26 @@ def _backward_pass(stop: bool, how: tuple[Static, Perturbed], inputs: Inputs, g:
         carry = varying_like(inputs, (total.rows, total.all, here))
         rows, of_all, here = _over_rows(stop, static, inputs, step, carry)
 
-        def put(x: Array, y: Array) -> Array:
-            return static.layout.put(x, y.astype(x.dtype), start)
+        def put(axis: int, x: Array | None, y: Array) -> Array | None:
+            return None if x is None else static.layout.put(x, y.astype(x.dtype), start, axis)
 
-        return _Total(rows, jax.tree.map(put, total.classes, here), of_all)
+        axes = {"kernel": layer.class_axis, "bias": -1}, -1
+        return _Total(rows, jax.tree.map(put, axes, total.classes, here), of_all)
 
     layer, perturbed_layer = block.logits, is_perturbed.logits
     shapes = _Total.of(jax.eval_shape(functools.partial(tile, 0, static.layout.width, 0)))
     rows = jax.tree.map(lambda x: jnp.zeros((layer.hidden.shape[0], *x.shape[1:]), x.dtype), shapes.rows)
     of_all = jax.tree.map(jnp.zeros_like, shapes.all)
 
-    moves = {"kernel": perturbed_layer.kernel, "bias": perturbed_layer.bias}, is_perturbed.distribution
-    columns = {"kernel": layer.kernel, "bias": layer.bias}, block.distribution
+    moves, columns = _columns(is_perturbed), _columns(block)
     columns = jax.tree.map(lambda is_it, x: lax.empty(x.shape, x.dtype) if is_it else None, moves, columns)
     init = _Total(rows, columns, of_all)
     found = _over_classes(static, inputs, over_rows, init)
-    of_classes, distribution = found.classes
+    (fields, sparse, phi), (of_classes, dense) = found.rows, found.classes
     if perturbed_layer.hidden:
-        found.rows["hidden"] = found.rows["hidden"].astype(layer.hidden.dtype)
-    return Block(linear.replace(layer, found.rows | found.all | of_classes), distribution=distribution)
+        fields["hidden"] = fields["hidden"].astype(layer.hidden.dtype)
+    layer = linear.replace(layer, fields | found.all | of_classes)
+    return Block(layer, distribution=dense if sparse is None else sparse, phi=phi)
 
 
 class _Total(NamedTuple):
@@ -247,9 +296,17 @@ class _Total(NamedTuple):
 
     @classmethod
     def of(cls, block: Block) -> "_Total":
-        shared = linear.shared_fields(block.logits)
-        columns = {name: shared.pop(name) for name in ("kernel", "bias")}
-        return cls(linear.per_row_fields(block.logits), (columns, block.distribution), shared)
+        of_all = linear.shared_fields(block.logits)
+        for name in ("kernel", "bias"):
+            del of_all[name]
+        sparse = block.distribution if isinstance(block.distribution, SparseDistribution) else None
+        return cls((linear.per_row_fields(block.logits), sparse, block.phi), _columns(block), of_all)
+
+
+def _columns(block: Block) -> Any:
+    """What a block has for each of its classes."""
+    dense = None if isinstance(block.distribution, SparseDistribution) else block.distribution
+    return {"kernel": block.logits.kernel, "bias": block.logits.bias}, dense
 
 
 def _over_classes(static: Static, inputs: Inputs, step: Callable[[Any, int, Any], Any], init: Any) -> Any:
@@ -279,13 +336,16 @@ def _part(static: Static, block: Block, row: Any, start: Any, classes: int) -> B
         return static.layout.take(x, start, classes)
 
     layer = block.logits
-    kernel, bias, weights = jax.tree.map(of_classes, (layer.kernel, layer.bias, block.class_weights))
-    kernel = made_once(kernel)
-    distribution, mask = jax.tree.map(of_classes, (block.distribution, block.class_mask))
-    per_row, label = _rows((linear.per_row_fields(layer), block.label), row, static.rows)
+    kernel = made_once(static.layout.take(layer.kernel, start, classes, layer.class_axis))
+    bias, weights = jax.tree.map(of_classes, (layer.bias, block.class_weights))
+    q, mask = block.distribution, block.class_mask
+    mask = None if mask is None else of_classes(mask)
+    beside: Any = {"distribution": of_classes(q)} if isinstance(q, Array) else {}
+    per_row, more = _rows((linear.per_row_fields(layer), _of_rows(block)), row, static.rows)
     layer = linear.replace(layer, per_row | {"kernel": kernel, "bias": bias})
-    lane = None if label is None else static.layout.lane(label, start, classes)
-    return Block(layer, lane, distribution, weights, mask)
+    beside |= more
+    part = Block(layer, class_weights=weights, class_mask=mask)._replace(**beside)
+    return part.with_classes(lambda x: static.layout.lane(x, start, classes))
 
 
 def _rows(tree: Any, row: Any, rows: int) -> Any:

@@ -1,5 +1,6 @@
 """Logits that are an array `[..., V]`, with all classes in one place."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,27 +8,37 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._block import Block
 from .._derivatives import varying_like, with_forward_mode, zeros_like_any
 from .._devices import explicit_sharding, largest, spread
+from .._gradient import (
+    Exponentials,
+    Terms,
+    distribution_gradient,
+    logits_gradient,
+    phi_gradient,
+)
 from .._numerics import accumulation_dtype, exp_difference
-from .._rows import keep_gradient
+from .._rows import keep, keep_gradient
+from .._sparse import SparseDistribution
 from .._statistics import (
     INTEGER_STATISTICS,
-    Block,
-    Exponentials,
+    OF_CLASSES,
+    PHIS,
+    Expectation,
     LabelLane,
     Partial,
     SoftmaxStatistics,
-    Terms,
     detached_max,
-    distribution_gradient,
+    expectations,
     finish,
-    logits_gradient,
     max_and_rest,
     partial_statistics,
     poison,
+    record,
     rest,
     select_label,
+    with_expectations,
 )
 from . import dense_on_cpu
 
@@ -43,7 +54,7 @@ def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> So
     found |= _integers(names, z, z_y)
     if "rank" in names:
         found["rank"] = jnp.where(block.label >= 0, found["rank"], z.shape[-1])
-    return SoftmaxStatistics(**found)
+    return record(found)
 
 
 def _integers(names: tuple[str, ...], z: Array, z_y: Array | None) -> dict[str, Array]:
@@ -65,6 +76,13 @@ def partials(
     return partial, _integers(names, lax.stop_gradient(block.wide_logits()), label_logit)
 
 
+def expected(
+    names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial
+) -> dict[str, Expectation]:
+    """As `class_blocks.expected`."""
+    return jax.checkpoint(functools.partial(expectations, names))(hide(block, counts), whole)
+
+
 def slope(names: tuple[str, ...], block: Block, counts: Array | None, whole: Partial) -> dict[str, Array]:
     """As `class_blocks.slope`."""
     inputs = block, counts, whole
@@ -76,7 +94,9 @@ def _primal(names: tuple[str, ...], block: Block, counts: Array | None) -> dict[
 
 
 def _whole(names: tuple[str, ...], block: Block) -> Partial:
-    return poison(partial_statistics(names, block, platform_max_and_rest, platform_select_label), block.label)
+    partial = partial_statistics(names, block, platform_max_and_rest, platform_select_label)
+    whole = poison(partial, block.label, block.classes)
+    return with_expectations(whole, expectations(names, block, whole))
 
 
 def _forward(names: tuple[str, ...], block: Block, counts: Array | None) -> tuple[dict[str, Array], Any]:
@@ -100,23 +120,28 @@ def _backward(names: tuple[str, ...], residuals: Any, g: dict[str, Array]) -> tu
         exponentials = _exponentials(names, whole.m, block.label, terms)
     block = hide(block, counts)
 
-    def of_counting_rows(x: Array, like: Array) -> Array:
+    def of_counting_rows(x: Array) -> Array:
         # a select, so that NaN in a row that does not count stays there
-        x = x if counts is None else jnp.where(counts[..., None], x, 0)
-        return x.astype(like.dtype)
+        return x if counts is None else jnp.where(counts[..., None], x, 0)
 
-    q = block.distribution
-    d_q = None if q is None else of_counting_rows(distribution_gradient(block, whole, g), q)
-    d_z = of_counting_rows(logits_gradient(block, whole, g, exponentials), block.logits)
+    d_q, phi, d_phi = None, block.phi, None
+    if block.distribution is not None:
+        d_q = jax.tree.map(of_counting_rows, distribution_gradient(block, whole, g))
+    if phi is not None and phi.per_row is not None:
+        d_phi = dataclasses.replace(phi, per_row=keep(counts, phi_gradient(block, whole, g)))
+    d_z = of_counting_rows(logits_gradient(block, whole, g, exponentials)).astype(block.logits.dtype)
     d_weights = None if block.class_weights is None else jnp.zeros_like(block.class_weights)
-    return Block(d_z, None, d_q, d_weights, None), None
+    return Block(d_z, None, d_q, d_weights, phi=d_phi), None
 
 
 def hide(block: Block, counts: Array | None) -> Block:
     """`block`, whose rows that do not count have a derivative of 0."""
-    q = block.distribution
-    q = None if q is None else keep_gradient(counts, q)
-    return block._replace(logits=keep_gradient(counts, block.logits), distribution=q)
+    q, z = block.distribution, keep_gradient(counts, block.logits)
+    if isinstance(q, SparseDistribution):
+        q = SparseDistribution(q.classes, keep_gradient(counts, q.probs))
+    elif q is not None:
+        q = keep_gradient(counts, q)
+    return block._replace(logits=z, distribution=q)
 
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
@@ -125,7 +150,12 @@ _real_statistics = with_forward_mode(_rule)
 
 
 def _zeros(names: tuple[str, ...], *inputs: Any) -> dict[str, Array]:
-    return {name: zeros_like_any(inputs, inputs[-1].m) for name in names}
+    return {name: zeros_like_any(inputs, x) for name, x in like_results(names, inputs[-1]).items()}
+
+
+def like_results(names: tuple[str, ...], whole: Partial) -> dict[str, Array]:
+    """Arrays of the shapes of the statistics `names`."""
+    return {name: whole.class_logits if name == "class_log_probs" else whole.m for name in names}
 
 
 # without symbolic zeros, which an eager shard_map does not take
@@ -175,7 +205,7 @@ def _keeps_terms(names: tuple[str, ...], block: Block) -> bool:
     return (
         block.label is not None
         and bool(of_label)
-        and "entropy" not in names
+        and not {"entropy", *PHIS, *OF_CLASSES} & set(names)
         and z.dtype == accumulation_dtype(z.dtype)
         and z.shape[-1] <= dense_on_cpu.MOST_CLASSES
         and _whole_on_one_device(z, block.label)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._devices import is_known, lanes
+from .._gradient import Terms
 from .._numerics import exp_difference
-from .._statistics import LabelLane, Terms
+from .._statistics import LabelLane
 
 FEW_CLASSES = 16  # which are done one by one, in one loop over the rows
 MANY_CLASSES = 4096  # whose sums are taken in groups

@@ -3,6 +3,7 @@
 What `jit` does with an auto mesh by propagation is a `shard_map` here: nothing is communicated inside a loop.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._devices import explicit_sharding
-from .._statistics import Block
+from .._block import Block
+from .._devices import axis_names, explicit_sharding
+from .._sparse import SparseDistribution
 from .linear import LinearLogits, per_row_fields, replace, shared_fields
 
 
@@ -25,7 +27,17 @@ class Split(NamedTuple):
 
     @property
     def row_axes(self) -> tuple[str, ...]:
-        return tuple(name for entry in self.rows for name in _names(entry))
+        return tuple(name for entry in self.rows for name in axis_names(entry))
+
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """Of rows on an explicit mesh, where types have it."""
+        return NamedSharding(self.mesh, P(*self.rows)) if AxisType.Explicit in self.mesh.axis_types else None
+
+    @property
+    def devices(self) -> int:
+        """That have different rows."""
+        return math.prod(self.mesh.shape[name] for name in self.row_axes)
 
     def per_row(self, tree: Any) -> Any:
         """Specs of arrays `[*rows, ...]`."""
@@ -33,16 +45,25 @@ class Split(NamedTuple):
 
     def of_block(self, block: Block) -> Any:
         """Specs of a block of linear logits."""
-        z, q = self.of_logits(block.logits), self.of_logits(block.distribution)
-        specs = z, P(*self.rows), q, P(self.classes), self.of_mask(block.class_mask)
-        return Block(*(None if x is None else spec for x, spec in zip(block, specs, strict=True)))
+        q, of_row = block.distribution, P(*self.rows)
+        q = self.per_row(q) if isinstance(q, SparseDistribution) else self.of_logits(q)
+        specs = {
+            "logits": self.of_logits(block.logits),
+            "label": of_row,
+            "distribution": q,
+            "classes": of_row,
+        }
+        specs |= {"class_weights": P(self.classes), "class_mask": self.of_mask(block.class_mask)}
+        specs |= {"phi": self.per_row(block.phi)}
+        return Block(**{name: spec for name, spec in specs.items() if getattr(block, name) is not None})
 
     def of_logits(self, z: Any) -> Any:
         if not isinstance(z, LinearLogits):
             return P(*self.rows, self.classes)
         specs: dict[str, Any] = {name: P() for name in shared_fields(z)}
         specs |= {name: P(*self.rows) for name in per_row_fields(z)}
-        specs |= {"kernel": P(None, self.classes), "bias": P(self.classes)}
+        kernel = P(None, self.classes) if z.class_axis else P(self.classes, None)
+        specs |= {"kernel": kernel, "bias": P(self.classes)}
         return replace(z, {name: spec for name, spec in specs.items() if getattr(z, name) is not None})
 
     def of_mask(self, class_mask: Any) -> Any:
@@ -56,7 +77,8 @@ def on_each_device(
 ) -> tuple[Any, Any]:
     """(sums, results per row) = `f(*arguments)` of what each device has; the sums of all devices are added up.
 
-    What is split otherwise than `specs` say is moved first. Without a split, `f` as it is.
+    What is split otherwise than `specs` say is moved first. On an auto mesh the rows are split as asked. Without a
+    split, `f` as it is.
     """
     if split is None:
         return f(*arguments)
@@ -68,12 +90,19 @@ def on_each_device(
         return jax.tree.map(lambda x: x[None], sums), per_row
 
     def move(x: Any, spec: P) -> Any:
+        if not explicit:
+            return x
         return jax.sharding.reshard(x, NamedSharding(split.mesh, spec))
 
     @jax.jit
     def everywhere(*arguments: Any) -> tuple[Any, Any]:
         out_specs = P(split.row_axes or None), P(*split.rows)
-        how = {"mesh": split.mesh, "in_specs": specs, "out_specs": out_specs, "axis_names": explicit}
+        how = {
+            "mesh": split.mesh,
+            "in_specs": specs,
+            "out_specs": out_specs,
+            "axis_names": explicit or {*split.row_axes},
+        }
         mapped = jax.shard_map(local, **how)
         sums, per_row = mapped(*jax.tree.map(move, arguments, specs))
         return jax.tree.map(lambda x: jnp.sum(x, 0), sums), per_row
@@ -93,8 +122,8 @@ def split_of(*layers: LinearLogits) -> Split | None:
         return None
     splits = [tuple(jax.typeof(layer.hidden).sharding.spec)[:-1] for layer in layers]
     rows = next(filter(any, splits), splits[0])
-    taken = {name for entry in rows for name in _names(entry)}
-    of_classes = [_names(jax.typeof(layer.kernel).sharding.spec[-1]) for layer in layers]
+    taken = {name for entry in rows for name in axis_names(entry)}
+    of_classes = [axis_names(jax.typeof(layer.kernel).sharding.spec[layer.class_axis]) for layer in layers]
     free = [tuple(name for name in names if name not in taken) for names in of_classes]
     return Split(meshes[0], rows, next(filter(any, free), None))
 
@@ -106,8 +135,3 @@ def sharding_of(*logits: Any) -> NamedSharding | None:
         split = split_of(*layers)
         return None if split is None else NamedSharding(split.mesh, P(*split.rows, split.classes))
     return explicit_sharding(*logits)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """Of an entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -78,17 +78,24 @@ class ClassLayout(NamedTuple):
         groups = spread.groups(classes)
         return cls(groups, classes // groups, max(block // groups, 1))
 
-    def take(self, x: Array, start: Any, width: int) -> Array:
-        """`[..., V]` -> `[..., groups * width]`."""
-        x = x.reshape(*x.shape[:-1], self.groups, self.number)
-        x = jax.lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
-        return x.reshape(*x.shape[:-2], self.groups * width)
+    def take(self, x: Array, start: Any, width: int, axis: int = -1) -> Array:
+        """`[..., V]` -> `[..., groups * width]`, or likewise along another axis."""
+        apart = jax.lax.dynamic_slice_in_dim(self._apart(x, axis), start, width, axis % x.ndim + 1)
+        return apart.reshape(self._with(x, axis, self.groups * width))
 
-    def put(self, x: Array, block: Array, start: Any) -> Array:
+    def put(self, x: Array, block: Array, start: Any, axis: int = -1) -> Array:
         """The inverse: `x` with the block in its place."""
-        block = block.reshape(*block.shape[:-1], self.groups, block.shape[-1] // self.groups)
-        apart = x.reshape(*x.shape[:-1], self.groups, self.number)
-        return jax.lax.dynamic_update_slice_in_dim(apart, block, start, x.ndim).reshape(x.shape)
+        apart, block = self._apart(x, axis), self._apart(block, axis)
+        return jax.lax.dynamic_update_slice_in_dim(apart, block, start, axis % x.ndim + 1).reshape(x.shape)
+
+    def _apart(self, x: Array, axis: int) -> Array:
+        return x.reshape(self._with(x, axis, self.groups, x.shape[axis] // self.groups))
+
+    @staticmethod
+    def _with(x: Array, axis: int, *sizes: int) -> tuple[int, ...]:
+        """The shape of `x` with these in place of an axis."""
+        axis %= x.ndim
+        return (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
 
     def lane(self, label: Array, start: Any, width: int) -> Array:
         """Where a block has the class, -1 where it has not."""

@@ -13,10 +13,11 @@ from jax import Array
 from .. import _contracts as contracts
 from .._contracts import Number, Range
 from .._devices import row_major
-from .._numerics import accumulation_dtype, as_dtype, over_rows
+from .._numerics import accumulation_dtype, as_dtype, of_one_dtype, over_rows
 from .._rows import keep
 
 OPTIONS = ("temperature", "softcap")  # Python numbers or arrays
+STATIC = ("class_axis", "precision", "block_bytes")  # part of the program
 ARRAYS = ("hidden", "kernel", "bias", *OPTIONS)
 REMEDY = "1 leaves the logits as they are; the limit at 0 is the argmax, which has no gradient."
 TEMPERATURE = Range(0, math.inf, REMEDY, above=True)
@@ -35,10 +36,13 @@ class LinearLogits:
 
     Args:
       hidden: `[..., D]`, floating point: what comes into the last layer.
-      kernel: `[D, V]`, floating point; the layout of flax's `Dense` and of `hidden @ kernel`.
+      kernel: `[D, V]`, floating point; the layout of flax's `Dense` and of `hidden @ kernel`. Or an embedding table
+        `[V, D]`, with `class_axis=0`.
       bias: `[V]` or None.
       temperature: T > 0, divides the logits: a Python number, or an array `[]` or `[...]`, one per row.
       softcap: > 0, bounds the logits (before the temperature) to +-softcap: a number or an array `[]`. None: no bound.
+      class_axis: of the kernel: -1 for `[D, V]`, 0 for an embedding table `[V, D]` (tied embeddings), which is read,
+        and whose gradient is made, as it lies: no copy, where `kernel=table.T` may take two.
       precision: of the matmuls, as in `jnp.matmul`.
       block_bytes: about how much memory a block of logits and its gradient may take, beside the gradients of
         `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows. Of each device, where jax knows
@@ -85,6 +89,7 @@ class LinearLogits:
     _: dataclasses.KW_ONLY
     temperature: Number = 1.0
     softcap: Number | None = None
+    class_axis: int = -1
     precision: Any = None
     block_bytes: int | None = None
 
@@ -97,7 +102,7 @@ class LinearLogits:
         arrays = {name: getattr(self, name) for name in ARRAYS}
         numbers = {name: arrays.pop(name) for name in OPTIONS if contracts.is_number(arrays[name])}
         children = tuple((jax.tree_util.GetAttrKey(name), arrays.get(name)) for name in ARRAYS)
-        return children, (*numbers.items(), ("precision", self.precision), ("block_bytes", self.block_bytes))
+        return children, (*numbers.items(), *((name, getattr(self, name)) for name in STATIC))
 
     @classmethod
     def tree_unflatten(cls, options: Any, children: Any) -> "LinearLogits":
@@ -105,7 +110,7 @@ class LinearLogits:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.hidden.shape[:-1], self.kernel.shape[-1])
+        return (*self.hidden.shape[:-1], self.kernel.shape[self.class_axis])
 
     @property
     def ndim(self) -> int:
@@ -130,25 +135,27 @@ def checked(function: str, logits: LinearLogits, argument: str = "logits") -> Li
     if hidden.ndim == 0:
         remedy, got = "A single row of D features has shape [D].", contracts.describe(hidden)
         contracts.fail(ValueError, function, f"{argument}.hidden", "of shape [..., D]", got, remedy)
-    features = hidden.shape[-1]
-    if kernel.ndim != 2 or kernel.shape[0] != features:
-        transposed = kernel.ndim == 2 and kernel.shape[1] == features
-        remedy = "It looks transposed: pass `kernel.T`." if transposed else "It maps D features to V logits."
-        expected = f"of shape [{features}, V] (`hidden` is {contracts.describe(hidden)})"
+    class_axis, ok = logits.class_axis, logits.class_axis in (-1, 0)
+    remedy = "-1 for `[D, V]`, 0 for an embedding table `[V, D]`."
+    contracts.check_option(function, f"{argument}.class_axis", class_axis, ok, "-1 or 0", remedy)
+    features, other = hidden.shape[-1], -1 - class_axis
+    if kernel.ndim != 2 or kernel.shape[other] != features:
+        transposed = kernel.ndim == 2 and kernel.shape[class_axis] == features
+        remedy = f"It looks transposed: pass `class_axis={other}`."
+        remedy = remedy if transposed else "It maps D features to V logits."
+        wanted = f"[{features}, V]" if class_axis else f"[V, {features}]"
+        expected = f"of shape {wanted} (`hidden` is {contracts.describe(hidden)})"
         got = contracts.describe(kernel)
         contracts.fail(ValueError, function, f"{argument}.kernel", expected, got, remedy)
     if bias is not None:
-        remedy = "Nothing is broadcast."
-        contracts.check_shape(function, f"{argument}.bias", bias, kernel.shape[1:], "one per class", remedy)
+        remedy, of_bias = "Nothing is broadcast.", (kernel.shape[class_axis],)
+        contracts.check_shape(function, f"{argument}.bias", bias, of_bias, "one per class", remedy)
     name, rows = f"{argument}.temperature", hidden.shape[:-1]
     temperature = contracts.number(function, name, logits.temperature, TEMPERATURE, rows)
     softcap = logits.softcap
     if softcap is not None:
         softcap = contracts.number(function, f"{argument}.softcap", softcap, SOFTCAP)
-    size = logits.block_bytes
-    whole = size is None or (isinstance(size, int | np.integer) and size > 0)
-    remedy = "Bytes come in whole numbers, e.g. `64 * 2**20`; None leaves the choice to jaxent."
-    contracts.check_option(function, f"{argument}.block_bytes", size, whole, "a positive int or None", remedy)
+    contracts.check_block_bytes(function, f"{argument}.block_bytes", logits.block_bytes)
     hidden, kernel, bias = jax.tree.map(jnp.asarray, (hidden, kernel, bias))
     options = {"temperature": temperature, "softcap": softcap}
     return replace(logits, {"hidden": hidden, "kernel": kernel, "bias": bias} | options)
@@ -185,8 +192,8 @@ def without_hidden_rows(layer: LinearLogits, counts: Array | None) -> LinearLogi
 
 def product(block: LinearLogits) -> Array:
     """hidden @ kernel, summed in the accumulation dtype."""
-    hidden, kernel = _of_one_dtype(block.hidden, block.kernel)
-    return jnp.matmul(hidden, kernel, precision=block.precision, preferred_element_type=block.dtype)
+    n = _axes_of_rows(block.hidden)
+    return _einsum(block, f"{n}d,{_axes_of_kernel(block)}->{n}v", block.hidden, block.kernel)
 
 
 def from_product(block: LinearLogits, z: Array, class_mask: Array | None = None) -> Array:
@@ -228,19 +235,24 @@ def hidden_gradient(layer: LinearLogits, operand: Array, class_mask: Array | Non
     kernel, n = layer.kernel, _axes_of_rows(operand)
     if class_mask is not None:
         # 0 * NaN: a column that some rows have in force has made these NaN already
-        seen = class_mask[None] if class_mask.ndim == 1 else jnp.isfinite(kernel)
+        of_all = class_mask.ndim == 1
+        seen = jnp.expand_dims(class_mask, -1 - layer.class_axis) if of_all else jnp.isfinite(kernel)
         kernel = jnp.where(seen, kernel, 0)
-    return _einsum(layer, f"{n}v,dv->{n}d", operand, kernel)
+    return _einsum(layer, f"{n}v,{_axes_of_kernel(layer)}->{n}d", operand, kernel)
 
 
 def kernel_gradient(layer: LinearLogits, operand: Array) -> Array:
     """In the accumulation dtype."""
     n = _axes_of_rows(operand)
-    return row_major(_einsum(layer, f"{n}d,{n}v->dv", layer.hidden, operand))
+    return row_major(_einsum(layer, f"{n}d,{n}v->{_axes_of_kernel(layer)}", layer.hidden, operand))
 
 
-def _axes_of_rows(operand: Array) -> str:
-    return string.ascii_uppercase[: operand.ndim - 1]
+def _axes_of_rows(x: Array) -> str:
+    return string.ascii_uppercase[: x.ndim - 1]
+
+
+def _axes_of_kernel(layer: LinearLogits) -> str:
+    return "dv" if layer.class_axis else "vd"
 
 
 def perturbed_options(perturbed: LinearLogits, block: LinearLogits) -> dict[str, Array]:
@@ -249,11 +261,5 @@ def perturbed_options(perturbed: LinearLogits, block: LinearLogits) -> dict[str,
 
 
 def _einsum(block: LinearLogits, subscripts: str, a: Array, b: Array) -> Array:
-    a, b = _of_one_dtype(a, b)
+    a, b = of_one_dtype(a, b)
     return jnp.einsum(subscripts, a, b, precision=block.precision, preferred_element_type=block.dtype)
-
-
-def _of_one_dtype(a: Array, b: Array) -> tuple[Array, Array]:
-    """Also where jax is told not to promote."""
-    dtype = a.dtype if a.dtype == b.dtype else accumulation_dtype(a.dtype, b.dtype)
-    return a.astype(dtype), b.astype(dtype)

@@ -16,9 +16,12 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from .._derivatives import (
+    cast_like,
+    dtypes_of,
     instantiate,
     reverse_mode_only,
     stopping_early,
+    stored,
     values_and_perturbed,
     varying_like,
     with_forward_mode,
@@ -103,7 +106,7 @@ def _mapped_backward(static: Static, residuals: Any, g: Any) -> tuple[Inputs | N
     if all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(g[0])):
         return (None,)  # nothing depends on these results
     _, gradients = _differentiate((static, perturbed, False), inputs, instantiate(g[0]))
-    return (_cast(gradients, inputs),)
+    return (cast_like(gradients, inputs),)
 
 
 _mapped = jax.custom_vjp(lambda static, inputs: _evaluate(static, inputs), nondiff_argnums=(0,))
@@ -124,14 +127,14 @@ def _summed_forward(static: Static, inputs: Any, weights: Any) -> tuple[tuple[Ar
     every, weights = weights.perturbed, weights.value
     (losses, aux), gradients = _differentiate((static, perturbed, every), inputs, weights)
     losses = limit(weights, losses)
-    residuals = _cast(gradients, inputs, _stored), losses, _dtypes((inputs, weights))
+    residuals = cast_like(gradients, inputs, stored), losses, dtypes_of((inputs, weights))
     return (jnp.sum(weights * losses), aux), residuals
 
 
 def _summed_backward(static: Static, residuals: Any, g: Any) -> Any:
     gradients, losses, dtypes = residuals
     g = instantiate(g[0])
-    return _cast((jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), g * losses), dtypes)
+    return cast_like((jax.tree.map(lambda x: g * x.astype(g.dtype), gradients), g * losses), dtypes)
 
 
 _summed_rule = jax.custom_vjp(_summed_primal, nondiff_argnums=(0,))
@@ -216,11 +219,11 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
             hidden = kernel = None
             if wanted.hidden:
                 hidden = linear.hidden_gradient(layer, for_hidden[:length], inputs.class_mask)
-                hidden = hidden.astype(_stored(layer.hidden.dtype))
+                hidden = hidden.astype(stored(layer.hidden.dtype))
                 hidden = jnp.pad(hidden, [(0, static.rows - length)] + [(0, 0)] * (hidden.ndim - 1))
             if wanted.kernel:
                 kernel = linear.kernel_gradient(layer, for_kernel[:length])
-                kernel = kernel.astype(_stored(layer.kernel.dtype)) if pieces.one_block else total + kernel
+                kernel = kernel.astype(stored(layer.kernel.dtype)) if pieces.one_block else total + kernel
             hiddens.append(hidden)
             kernels.append(kernel)
         return hiddens, kernels
@@ -253,7 +256,7 @@ def _differentiate(stop: bool, how: Any, inputs: Inputs, g: Any) -> tuple[Any, I
 
     shapes = jax.eval_shape(of_piece, 0)
     pairs = list(zip(is_perturbed.layers, inputs.layers, strict=True))
-    hiddens = [jnp.zeros(y.hidden.shape, _stored(y.hidden.dtype)) if x.hidden else None for x, y in pairs]
+    hiddens = [jnp.zeros(y.hidden.shape, stored(y.hidden.dtype)) if x.hidden else None for x, y in pairs]
     kernels = [jnp.zeros(y.kernel.shape, y.dtype) if x.kernel else None for x, y in pairs]
     init = pieces.zeros(shapes[0]), pieces.zero_gradients(shapes[1]), hiddens, kernels
     if pieces.one_block:
@@ -411,18 +414,3 @@ def _only(is_perturbed: Any, tree: Any) -> Any:
 
 def _merge(is_perturbed: Any, some: Any, tree: Any) -> Any:
     return jax.tree.map(lambda is_it, new, x: new if is_it else x, is_perturbed, some, tree)
-
-
-def _stored(dtype: Any) -> Any:
-    """float16 would lose what a loss scale, which comes with the cotangent, is there to save."""
-    return jnp.float32 if dtype == jnp.float16 else dtype
-
-
-def _dtypes(tree: Any) -> Any:
-    """Of what may have a gradient: arrays of no elements."""
-    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
-    return jax.tree.map(lambda x: jnp.zeros(0, x.dtype) if is_real(x) else None, tree)
-
-
-def _cast(gradients: Any, like: Any, dtype: Callable[[Any], Any] = lambda dtype: dtype) -> Any:
-    return jax.tree.map(lambda x, d: None if d is None else d.astype(dtype(x.dtype)), like, gradients)

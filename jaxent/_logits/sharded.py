@@ -21,17 +21,22 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._block import Block
+from .._chosen import is_here
 from .._derivatives import with_slope
 from .._numerics import exp_difference, limit, product_or_zero
 from .._rows import AxisName
 from .._statistics import (
     INTEGER_STATISTICS,
-    Block,
+    PHIS,
     Moments,
     Partial,
     SoftmaxStatistics,
+    Sums,
     finish,
     poison,
+    record,
+    with_expectations,
 )
 from . import class_blocks, dense
 from .layout import ClassLayout
@@ -48,16 +53,15 @@ def statistics(
 
     `block` has this device's classes, but the label counts over all of them. Linear logits have a `layout`.
     """
-    partials: Any = dense.partials
-    slope: Any = dense.slope
+    source: Any = (dense.partials, dense.expected, dense.slope)
     if layout is not None:
-        partials = functools.partial(class_blocks.partials, layout)
-        slope = functools.partial(class_blocks.slope, layout)
-    label, classes, first = block.label, block.logits.shape[-1], 0
+        source = (class_blocks.partials, class_blocks.expected, class_blocks.slope)
+        source = (functools.partial(f, layout) for f in source)
+    partials, expected, slope = source
+    label, chosen, classes, first = block.label, block.classes, block.logits.shape[-1], 0
     if axis_name is not None:
         first, classes = lax.axis_index(axis_name) * classes, classes * lax.axis_size(axis_name)
-        if label is not None:
-            block = block._replace(label=jnp.where(label < 0, -1, label - first))
+        block = block.with_classes(lambda x: jnp.where(x < 0, -1, x - first))
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
 
     # the rank takes a second pass: it compares all logits with the label's, to the last bit that of its block
@@ -72,10 +76,15 @@ def statistics(
     if "prediction" in names and axis_name is not None:
         found["prediction"] = _first_of_all(partial.m, found["prediction"] + first, axis_name)
 
-    whole = poison(partial if axis_name is None else _of_all_devices(real, partial, block, axis_name), label)
+    if axis_name is not None:
+        partial = _of_all_devices(real, partial, block, axis_name)
+    whole = poison(partial, label, chosen)
+    if any(name in names for name in PHIS):
+        sums = expected(real, block, counts, whole)
+        whole = with_expectations(whole, sums if axis_name is None else lax.psum(sums, axis_name))
     zeros = slope(real, block, counts, whole)
     zeros = zeros if axis_name is None else lax.psum(zeros, axis_name)
-    return SoftmaxStatistics(**found, **with_slope(finish(real, whole), zeros))
+    return record(found | with_slope(finish(real, whole), zeros))
 
 
 def _first_of_all(m: Array, prediction: Array, axis_name: AxisName) -> Array:
@@ -87,8 +96,9 @@ def _first_of_all(m: Array, prediction: Array, axis_name: AxisName) -> Array:
 
 def _of_all_devices(names: tuple[str, ...], partial: Partial, block: Block, axis_name: AxisName) -> Partial:
     """The partial statistics over all classes: one collective after the maximum, of all sums together."""
-    m_here = lax.stop_gradient(partial.m)
-    m = lax.pmax(m_here, axis_name)
+    parts_here = partial.parts or ()
+    m_here, *tops_here = lax.stop_gradient((partial.m, *(part.m for part in parts_here)))
+    m, *tops = lax.pmax((m_here, *tops_here), axis_name)
     scale, behind = exp_difference(m_here, m), m - m_here
 
     def moved(t: Moments) -> Moments:
@@ -113,11 +123,32 @@ def _of_all_devices(names: tuple[str, ...], partial: Partial, block: Block, axis
         others = product_or_zero(scale, (1 - e_y) + partial.r)
         sums["others"] = jnp.where(here, others, terms)
     else:
-        holds = m_here == m
-        sums |= {"rest": jnp.where(holds, partial.r, terms), "holders": holds.astype(m.dtype)}
+        sums["rest"] = _rest_and_holders(Sums(m_here, partial.r), m)
+    if partial.class_logits is not None:
+        mine = is_here(block.classes, block.logits)
+        sums["class_logits"] = jnp.where(mine, partial.class_logits, 0), mine.astype(m.dtype)
+    sums["parts"] = [
+        _rest_and_holders(Sums(x, part.r), top)
+        for x, top, part in zip(tops_here, tops, parts_here, strict=True)
+    ]
     sums = lax.psum({name: x for name, x in sums.items() if x is not None}, axis_name)
     if "others" in sums:
         r = sums.pop("others") + (exp_difference(sums["label_logit"], m) - 1)
     else:
-        r = sums.pop("rest") + (sums.pop("holders") - 1)
-    return Partial(m=m, r=r, **sums)
+        r = _rest(*sums.pop("rest"))
+    parts: Any = tuple(Sums(top, _rest(*part)) for top, part in zip(tops, sums.pop("parts"), strict=True))
+    if "class_logits" in sums:
+        class_logits, somewhere = sums["class_logits"]
+        sums["class_logits"] = jnp.where(somewhere > 0, class_logits, -jnp.inf)
+    return Partial(m=m, r=r, parts=parts or None, **sums)
+
+
+def _rest_and_holders(here: Sums, m: Array) -> tuple[Array, Array]:
+    """What a device adds to r, and whether it has the largest logit."""
+    holds = here.m == m
+    scale = exp_difference(here.m, jnp.where(m == -jnp.inf, 0, m))
+    return jnp.where(holds, here.r, product_or_zero(scale, 1 + here.r)), holds.astype(m.dtype)
+
+
+def _rest(rest: Array, holders: Array) -> Array:
+    return rest + (holders - 1)

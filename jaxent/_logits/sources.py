@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from .._block import Block
 from .._derivatives import varying_axes
 from .._devices import Spread, is_known, platform, spread
 from .._row_function import Arguments, RowFunction, hoist
 from .._rows import AxisName, Rows, both, keep
-from .._statistics import INTEGER_STATISTICS, Block, SoftmaxStatistics
+from .._statistics import INTEGER_STATISTICS, SoftmaxStatistics, record
 from . import dense, row_blocks, sharded
 from .explicit import on_each_device, split_of
 from .layout import ClassLayout, RowLayout
@@ -87,7 +88,7 @@ def _statistics_of_layer(
 
     inputs = Inputs((block.logits,), counts, *_rest_of(block), block.class_mask)
     real, integers = _by_rows(of_block, rows, best, inputs)
-    return SoftmaxStatistics(**real, **integers)
+    return record(real | integers)
 
 
 def _weighted_sum(
@@ -173,7 +174,7 @@ def cut(logits: LinearLogits, masked: bool, by_classes: bool = False) -> Cut:
 def _sizes(layer: LinearLogits, rows: Any, devices: Spread) -> Sizes:
     """On one device. A CPU widens half precision."""
     rows = -(-rows // devices.known) if is_known(rows) else ROWS_UNKNOWN
-    features, classes = layer.kernel.shape
+    features, classes = layer.hidden.shape[-1], layer.shape[-1]
     logits = layer.dtype.itemsize
     if platform(layer) == "cpu":
         return Sizes(rows, features, classes, logits, logits, logits)
@@ -199,13 +200,13 @@ def _rest_of(block: Block) -> tuple[Any, Any]:
     """Everything but the logits: what rows have of their own, and what they share."""
     mask = block.class_mask
     per_row, shared = (None, mask) if mask is None or mask.ndim == 1 else (mask, None)
-    return (block.label, block.distribution, per_row), (block.class_weights, shared)
+    return (block.label, block.distribution, per_row, block.classes, block.phi), (block.class_weights, shared)
 
 
 def _joined(logits: Any, per_row: Any, shared: Any) -> Block:
-    label, distribution, mask = per_row
+    label, distribution, mask, *of_row = per_row
     class_weights, mask_of_all = shared
-    return Block(logits, label, distribution, class_weights, mask_of_all if mask is None else mask)
+    return Block(logits, label, distribution, class_weights, mask_of_all if mask is None else mask, *of_row)
 
 
 def _grouped(layout: RowLayout, block: Block) -> Block:

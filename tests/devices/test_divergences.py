@@ -42,7 +42,8 @@ def loss(name, sources, reduction, layers, where, class_mask, **axes):
 
     both = [logits(source, *layers[2 * i : 2 * i + 2]) for i, source in enumerate(sources)]
     options = {"where": where, "class_mask": class_mask, "temperature": 1.5}
-    return jnp.sum(getattr(jaxent, name)(*both, **options, reduction=reduction, **axes))
+    f = getattr(jaxent, name) if isinstance(name, str) else name
+    return jnp.sum(f(*both, **options, reduction=reduction, **axes))
 
 
 def mapped(name, sources, check_vma=True):
@@ -141,6 +142,7 @@ OPTIONS = {
     "weights": WHOLE,
     "class_mask": P(None),
     "temperature": P(("rows", "classes")),
+    "beta": WHOLE,
 }
 UNLIKE = [  # name, sources, how logits and targets are split, option, reduction, in jax.set_mesh
     (NAMES[0], SOURCES[3], (P("rows", "classes"), ROWS_ONLY), None, "mean", True),
@@ -150,6 +152,8 @@ UNLIKE = [  # name, sources, how logits and targets are split, option, reduction
     (NAMES[0], SOURCES[1], (P("rows", "classes"), WHOLE), "temperature", "none", True),
     (NAMES[0], SOURCES[2], (ROWS_ONLY, P("rows", "classes")), "where", "mean", True),
     (NAMES[1], SOURCES[2], (P("rows"), P(("rows", "classes"))), "weights", "sum", False),
+    (NAMES[1], SOURCES[3], (P("rows", "classes"), P(None, "classes")), "beta", "none", False),
+    (NAMES[1], SOURCES[1], (P("rows", "classes"), P("rows", "classes")), "beta", "mean", True),
 ]
 
 
@@ -165,11 +169,12 @@ def more_arrays():
         "weights": numbers[0],
         "class_mask": class_mask,
         "temperature": numbers[1],
+        "beta": np.float32(np.arange(rows) / (rows - 1)),  # both ends, too
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "sources", "splits", "option", "reduction", "inside"), some(UNLIKE[::3], UNLIKE)
+    ("name", "sources", "splits", "option", "reduction", "inside"), some([*UNLIKE[::3], UNLIKE[-1]], UNLIKE)
 )
 def test_split_unlike(name, sources, splits, option, reduction, inside):
     """Gradients come back split as their inputs are; there is none of targets that are not differentiated."""
@@ -227,6 +232,38 @@ def test_a_temperature_that_is_a_value(name, sources):
         return jax.shard_map(on_device, mesh=AUTO, in_specs=in_specs, out_specs=P())(layers, temperature)
 
     check(both(split), both(total))
+
+
+@pytest.mark.parametrize("sources", [SOURCES[0], SOURCES[3]])
+def test_a_beta_that_is_a_value(sources):
+    """Of all rows and of each, the ends among them; and numbers, of which 1 swaps the two."""
+    layers, where, class_mask = arrays()
+    of_rows = np.float32(np.arange(N) / (N - 1))
+    specs = list(SPECS), P("rows"), P("classes")
+
+    def total(layers, beta, *masks, **axes):
+        f = functools.partial(jaxent.softmax_js_divergence, beta=beta)
+        return loss(f, sources, "mean", layers, *masks, **axes)
+
+    def split(layers, beta, *masks):
+        axes = {"class_axis_name": "classes", "batch_axis_name": "rows"}
+        if isinstance(beta, float):
+            mapped = jax.shard_map(
+                lambda x, *y: total(x, beta, *y, **axes), mesh=AUTO, in_specs=specs, out_specs=P()
+            )
+            return mapped(layers, *masks)
+        in_specs = specs[0], P("rows") if beta.ndim else P(), *specs[1:]
+        on_device = functools.partial(total, **axes)
+        return jax.shard_map(on_device, mesh=AUTO, in_specs=in_specs, out_specs=P())(layers, beta, *masks)
+
+    def run(f):
+        masks = where, class_mask
+        g = lambda layers: [jax.value_and_grad(f)(layers, beta, *masks) for beta in (0.0, 0.3, 1.0)]  # noqa: E731
+        values = jnp.float32(0.3), jnp.asarray(of_rows)
+        h = lambda layers: [jax.value_and_grad(f, (0, 1))(layers, beta, *masks) for beta in values]  # noqa: E731
+        return compiled(lambda x: (g(x), h(x)))(layers)
+
+    check(run(split), run(total))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

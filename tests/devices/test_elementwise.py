@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import checkify
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import harness
@@ -25,9 +25,11 @@ def arrays():
     moving = {
         "p": p, "q": q, "element weights": rng.uniform(size=(N, V)) * (np.arange(V) != 2),
         "row weights": np.array([0, 2, 0.5, 1]), "per class": rng.uniform(size=V), "number": np.array(1.5),
+        "per row": rng.uniform(size=N), "factors": rng.uniform(size=(N, V)),
     }  # fmt: skip
     fixed = {"element where": rng.uniform(size=(N, V)) < 0.7, "row where": np.arange(N) != 2}
     fixed["index"] = np.int32([1, 7, 3, 0])
+    fixed["yes"] = rng.choice(np.uint8([0, 1, 255]), size=(N, V))
     return {name: x.astype(np.float32) for name, x in moving.items()}, fixed
 
 
@@ -43,6 +45,7 @@ def losses(moving, fixed):
         of_rows = options(subset, "row") | {"reduction": reduction}
         yield jaxent.sigmoid_cross_entropy(a["p"], a["q"], pos_weight=a["per class"], **of_elements)
         yield jaxent.sigmoid_focal_loss(a["p"], a["q"], gamma=a["number"], **of_elements)
+        yield from by_options(a, of_elements)
         yield jaxent.binary_cross_entropy(a["p"], a["q"], **of_elements)
         yield jaxent.categorical_cross_entropy(a["p"], a["index"], **of_rows)
         yield jaxent.categorical_cross_entropy(a["p"], a["q"], **of_rows)
@@ -51,7 +54,18 @@ def losses(moving, fixed):
         yield jaxent.kl_divergence(a["p"], a["q"], generalized=bool(subset), **of_rows)
 
 
-def step(moving, fixed):
+def by_options(a, options):
+    """Weights per class (of either axis) and per element, and labels to ignore."""
+    focal, asymmetric = jaxent.sigmoid_focal_loss, jaxent.sigmoid_asymmetric_loss
+    known = options | {"ignore_index": 255}
+    yield focal(a["p"], a["yes"], alpha=a["per class"], pos_weight=a["factors"], **known)
+    yield focal(a["p"], a["q"], alpha=a["factors"], pos_weight=a["per row"], axis=0, **options)
+    yield focal(a["p"], a["yes"], alpha=a["per class"], pos_weight=a["per class"], **known)
+    yield asymmetric(a["p"], a["yes"], pos_weight=a["per row"], axis=0, **known)
+    yield asymmetric(a["p"], a["q"], pos_weight=np.linspace(0, 2, N * V).reshape(N, V), **options)
+
+
+def step(moving, fixed, losses=losses):
     def total(moving):
         found = list(losses(moving, fixed))
         return sum(x.sum() * np.cos(i) for i, x in enumerate(found)), [
@@ -79,13 +93,13 @@ def mesh():
     return jax.make_mesh((2, 4), ("rows", "classes"))
 
 
-def put(split):
+def put(split, on=None):
     of_logits, (rows, classes) = SPLITS[split]
     specs = {"p": P(*of_logits), "per class": P(classes), "number": P()}
 
     def one(name, x):
         spec = specs.get(name, P(rows, classes) if x.ndim == 2 else P(rows))
-        return jax.device_put(x, NamedSharding(mesh(), spec))
+        return jax.device_put(x, NamedSharding(on or mesh(), spec))
 
     return [{name: one(name, x) for name, x in part.items()} for part in arrays()]
 
@@ -114,6 +128,40 @@ def test_values():
     want = compiled(*arrays())
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+OF_OPTIONS = ("p", "q", "per class", "per row", "factors")
+
+
+def options_alone(moving, fixed):
+    return by_options(moving | fixed, {"where": fixed["element where"], "reduction": "mean"})
+
+
+@functools.cache
+def on_one_device():
+    moving, fixed = arrays()
+    f = functools.partial(step, losses=options_alone)
+    return jax.jit(f)({name: moving[name] for name in OF_OPTIONS}, fixed)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    "mode", ["auto mesh", "explicit mesh", "explicit mesh, set_mesh", "not compiled, set_mesh"]
+)
+def test_weights_per_class_and_element(mode, split):
+    kind = AxisType.Auto if mode == "auto mesh" else AxisType.Explicit
+    of_mode = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(kind, kind))
+    f = functools.partial(step, losses=options_alone)
+    if not mode.startswith("not compiled"):
+        f = jax.jit(f, compiler_options=harness.QUICK)
+    moving, fixed = put(split, of_mode)
+    moving = {name: moving[name] for name in OF_OPTIONS}
+    with jax.set_mesh(of_mode) if mode.endswith("set_mesh") else contextlib.nullcontext():
+        found = f(moving, fixed)
+    if kind == AxisType.Explicit:
+        assert_split_as(found[1], moving)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(on_one_device()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_checks_on_an_explicit_mesh():
