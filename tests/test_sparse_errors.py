@@ -150,7 +150,7 @@ def test_errors_of_other_options():
         jaxent.softmax_kl_divergence(LAYER, q, axis=0)
     assert str(error.value) == (
         "jaxent.softmax_kl_divergence: `axis` must be the last axis, but is 0. "
-        "The classes of a LinearLogits are the columns of its kernel."
+        "The classes of a LinearLogits come last; `class_axis` is that of its kernel."
     )
     with pytest.raises(TypeError, match="unexpected keyword argument 'rest'"):
         jaxent.softmax_cross_entropy(Z, q, rest="bucket")
