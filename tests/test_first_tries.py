@@ -11,7 +11,7 @@ from jax.experimental import checkify
 
 import harness
 import jaxent
-from tables import thinned
+from tables import spread, thinned
 
 N, D, V = 6, 3, 7
 everywhere = pytest.mark.parametrize("source", ("dense", *harness.LINEAR))
@@ -113,9 +113,13 @@ def test_export_for_any_number_of_rows(rows, source):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["softmax_kl_divergence", "softmax_js_divergence"])
-@pytest.mark.parametrize("source", ["rows", "dense"])
-@pytest.mark.parametrize("masked", [False, True])
+@spread(
+    2,
+    "name, source, masked",
+    ["softmax_kl_divergence", "softmax_js_divergence"],
+    ["rows", "dense"],
+    [False, True],
+)
 def test_export_of_divergences_for_any_number_of_rows(name, source, masked):
     """In blocks of rows that leave a remainder or none; of a layer and an array, and of two layers."""
     kernel = arrays()[1]

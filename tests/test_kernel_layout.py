@@ -19,7 +19,7 @@ from harness import HLO
 from jaxent._logits import sources
 from jaxent._logits.plan import Plan
 from layers import ADVANTAGE, F32, FLAT, assert_same, compiled, in_blocks, layer_of
-from tables import thinned
+from tables import spread
 
 V = 11
 LABELS = np.array([3, 10, 0, 9, 5, 1, 7], np.int32)
@@ -77,7 +77,7 @@ def both(f, *arguments, tolerance=2e-6):
     return got
 
 
-@thinned(8, "loss, option, source, reduction", LOSSES, OPTIONS, harness.LINEAR, ["none", "mean"])
+@spread(8, "loss, option, source, reduction", LOSSES, OPTIONS, harness.LINEAR, ["none", "mean"])
 def test_every_loss(loss, option, source, reduction):
     f, *beside = LOSSES[loss]
     taken = inspect.signature(jaxent.softmax_loss if f is own else f).parameters
@@ -141,7 +141,7 @@ def test_half_precision(source, dtype):
     assert gradient.kernel.dtype == dtype and gradient.kernel.shape == (V, 4)
 
 
-@thinned(
+@spread(
     2, "source, option, reduction", harness.LINEAR, ["class mask", "class mask of rows"], ["none", "mean"]
 )
 def test_a_class_mask_hides_what_a_table_holds(source, option, reduction):

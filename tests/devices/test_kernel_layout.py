@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import harness
 import jaxent
 from compiled import collectives
-from tables import thinned
+from tables import spread
 
 N, D, V = 12, 8, 40  # six rows on each of 2, ten classes on each of 4 devices
 # of rows, and of classes
@@ -70,8 +70,8 @@ def mesh_of(mode):
     return Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
 
 
-@thinned(
-    3,
+@spread(
+    6,
     "loss, mode, split, source, reduction",
     LOSSES,
     ["shard_map", "auto", "explicit"],
