@@ -89,7 +89,10 @@ def _of_row(s: SoftmaxStatistics, q: Array, beta: Number, rest: str) -> Array:
     q = q.astype(log_p.dtype)
     if rest == "bucket":
         known = jnp.sum(q)
-        others = jnp.where(known < 1, 1 - known, jnp.where(jnp.isnan(known), known, 0))
+        # A little mass of the others is as exact as q is: multiples of 2^-12 add up without rounding.
+        coarse = jnp.round(q * 4096) / 4096
+        left = (1 - jnp.sum(coarse)) - jnp.sum(q - coarse)
+        others = jnp.where(known < 1, jnp.maximum(left, 0), jnp.where(jnp.isnan(known), known, 0))
         # where all classes are named, the rest is a rounding
         rounding = (q.size + 1) * jnp.finfo(q.dtype).eps
         others = jnp.where((s.other_log_prob == -jnp.inf) & (others < rounding), 0, others)
