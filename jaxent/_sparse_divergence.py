@@ -42,23 +42,27 @@ def divergence_from_few(
             temperature = rows.split(jnp.broadcast_to(temperature, rows.shape))
         block = block._replace(logits=_divided(block, temperature, options.class_axis_name))
     assert isinstance(block.distribution, SparseDistribution)
-    target = each_once(block.distribution)
+    target, parts = each_once(block.distribution)
     block = block._replace(distribution=None, classes=target.classes)
     if isinstance(beta, float):
-        return objective(lambda s, _, q: _of_row(s, q, beta, rest), block, rows, (target.probs,))
-    betas = jnp.broadcast_to(beta, rows.shape)
-    return objective(lambda s, _, q, beta: _of_row(s, q, beta, rest), block, rows, (target.probs, betas))
+        return objective(lambda s, _, *q: _of_row(s, q, beta, rest), block, rows, (target.probs, parts))
+    of_rows = target.probs, parts, jnp.broadcast_to(beta, rows.shape)
+    return objective(lambda s, _, *q: _of_row(s, q[:2], q[2], rest), block, rows, of_rows)
 
 
-def each_once(q: SparseDistribution) -> SparseDistribution:
-    """Each class has its whole mass in the first of its slots; one without is left to the others. A NaN is in all."""
+def each_once(q: SparseDistribution) -> tuple[SparseDistribution, Array]:
+    """Each class has its whole mass in the first of its slots; one without is left to the others. A NaN is in all.
+
+    And the parts `[..., K]` of these masses, before sums of them were rounded.
+    """
     first = chosen.is_first(q.classes)
     same = q.classes[..., None, :] == q.classes[..., :, None]
     total = jnp.sum(jnp.where(same, q.probs[..., None, :], 0), -1)
     ok = ~jnp.any(jnp.isnan(q.probs), -1)
-    named = first & (q.classes != EMPTY) & (total != 0)
+    has_mass = (q.classes != EMPTY) & (total != 0)
+    named = first & has_mass
     probs = jnp.where(named, total, 0) * nan_unless(ok)[..., None].astype(total.dtype)
-    return SparseDistribution(jnp.where(named, q.classes, EMPTY), probs)
+    return SparseDistribution(jnp.where(named, q.classes, EMPTY), probs), jnp.where(has_mass, q.probs, 0)
 
 
 def _with_temperature(layer: LinearLogits, temperature: Number) -> LinearLogits:
@@ -84,14 +88,14 @@ def _divided(block: Block, temperature: Number, class_axis_name: AxisName) -> Ar
     return jnp.where(on, (jnp.where(on, z, 0) - top) / temperature.astype(z.dtype)[..., None], -jnp.inf)
 
 
-def _of_row(s: SoftmaxStatistics, q: Array, beta: Number, rest: str) -> Array:
+def _of_row(s: SoftmaxStatistics, target: tuple[Array, Array], beta: Number, rest: str) -> Array:
     log_p = s.class_log_probs
-    q = q.astype(log_p.dtype)
+    q, parts = (x.astype(log_p.dtype) for x in target)
     if rest == "bucket":
         known = jnp.sum(q)
-        # A little mass of the others is as exact as q is: multiples of 2^-12 add up without rounding.
-        coarse = jnp.round(q * 4096) / 4096
-        left = (1 - jnp.sum(coarse)) - jnp.sum(q - coarse)
+        # A little mass of the others is as exact as its parts are: multiples of 2^-12 add up without rounding.
+        coarse = jnp.round(parts * 4096) / 4096
+        left = (1 - jnp.sum(coarse)) - jnp.sum(parts - coarse)
         others = jnp.where(known < 1, jnp.maximum(left, 0), jnp.where(jnp.isnan(known), known, 0))
         # where all classes are named, the rest is a rounding
         rounding = (q.size + 1) * jnp.finfo(q.dtype).eps
