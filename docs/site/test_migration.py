@@ -1,0 +1,169 @@
+"""The tables of docs/from_*.md: what stands in them is run, theirs and ours, and values and gradients agree.
+
+torch, keras and tensorflow are asked where they are installed. What cannot be is written here, after its source.
+"""
+
+import ast
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxent
+from test_readme import PAGES
+
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
+ROW = re.compile(r"^\| `([^`]+)` \| `([^`]+)` \|", flags=re.MULTILINE)
+N, V, D, S = 6, 5, 4, 3
+RNG = np.random.default_rng(0)
+MOVING = ("z", "image", "log_p", "p", "views", "h")  # the first that ours has is differentiated
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).astype(np.float32)
+
+
+z = 2 * normal(N, V)
+y = np.array([0, 4, 2, 1, 2, 3], np.int32)
+p = softmax(normal(N, V))
+q = softmax(normal(N, V))
+m = RNG.uniform(size=(N, V)) < 0.7
+m[np.arange(N), y] = True
+NUMBERS = {
+    "z": z,
+    "y": y,
+    "u": np.where(np.arange(N) % 3 == 1, -100, y).astype(np.int32),
+    "q": q,
+    "p": p,
+    "log_p": np.log(p),
+    "log_q": np.log(q),
+    "t": (RNG.uniform(size=(N, V)) < 0.5).astype(np.float32),
+    "m": m,
+    "w": RNG.uniform(0.5, 2, size=V).astype(np.float32),
+    "v": RNG.uniform(0.5, 2, size=(N, V)).astype(np.float32),
+    "r": RNG.uniform(0.5, 2, size=N).astype(np.float32),
+    "image": normal(2, V, 3, 2),
+    "pixels": RNG.integers(V, size=(2, 3, 2)).astype(np.int32),
+    "h": normal(N, D),
+    "table": normal(V, D),
+    "b": normal(V),
+    "s": np.array([1, 3, 0], np.int32),
+    "sampled_counts": np.array([0.5, 0.25, 0.25], np.float32),
+    "true_counts": RNG.uniform(0.1, 1, size=N).astype(np.float32),
+    "views": normal(N, D),
+    "pairs": np.arange(N, dtype=np.int32) % (N // 2),
+}
+SIZES = {"N": N, "V": V, "D": D, "S": S}
+
+
+def weigh(value):
+    """A sum with another factor for each element, in NumPy's terms."""
+    return np.cos(np.arange(value.size, dtype=np.float32)).reshape(value.shape)
+
+
+def by_jax(names):
+    def run(code, moving):
+        def total(x):
+            found = {name: jnp.asarray(a) for name, a in NUMBERS.items()} | SIZES | {moving: x}
+            value = eval(code, names | found)
+            return jnp.sum(value * weigh(value)), value
+
+        gradient, value = jax.jit(jax.grad(total, has_aux=True))(NUMBERS[moving])
+        return value, gradient
+
+    return run
+
+
+def unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def public(module):
+    return {name: x for name, x in vars(module).items() if not name.startswith("_")}
+
+
+OURS = by_jax(public(jaxent) | {"jnp": jnp, "unit": unit})
+
+
+def by_torch(code, moving):
+    torch = pytest.importorskip("torch")
+    found = {}
+    for name, x in NUMBERS.items():
+        found[name] = torch.tensor(x.astype(np.int64) if x.dtype == np.int32 else x)
+    x = found[moving].requires_grad_()
+    value = eval(code, public(torch.nn.functional) | found | SIZES)
+    (value * torch.tensor(weigh(value.detach().numpy()))).sum().backward()
+    return value.detach().numpy(), x.grad.numpy()
+
+
+def by_keras(code, moving):
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    return by_jax(public(keras.losses))(code, moving)
+
+
+def by_tensorflow(code, moving):
+    tf = pytest.importorskip("tensorflow")
+    found = {name: tf.constant(x) for name, x in NUMBERS.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(found[moving])
+        s = found["s"]
+        found["s"] = tf.cast(s, tf.int64)
+        value = eval(code, {"tf": tf} | found | SIZES)
+        total = tf.reduce_sum(value * weigh(value.numpy()))
+    return value.numpy(), tf.convert_to_tensor(tape.gradient(total, found[moving])).numpy()
+
+
+def sigmoid_focal_loss_of_torchvision(z, t, alpha, gamma):
+    """Lin et al. 2017, as torchvision has it."""
+    p = jax.nn.sigmoid(z)
+    right = p * t + (1 - p) * (1 - t)
+    bce = -(t * jax.nn.log_sigmoid(z) + (1 - t) * jax.nn.log_sigmoid(-z))
+    return (alpha * t + (1 - alpha) * (1 - t)) * (1 - right) ** gamma * bce
+
+
+def compute_weighted_cross_entropy(z, y, r, label_smoothing):
+    """As in flax' examples wmt and lm1b, without the constant that it subtracts."""
+    confidence, low = 1 - label_smoothing, label_smoothing / (V - 1)
+    soft = jax.nn.one_hot(y, V) * (confidence - low) + low
+    return jnp.sum(-jnp.sum(soft * jax.nn.log_softmax(z), -1) * r)
+
+
+PEERS = {
+    "flax' examples": by_jax({"compute_weighted_cross_entropy": compute_weighted_cross_entropy}),
+    "optax.losses": by_jax(public(optax.losses)),
+    "torch.nn.functional": by_torch,
+    "torchvision.ops": by_jax({"sigmoid_focal_loss": sigmoid_focal_loss_of_torchvision}),
+    "keras.losses": by_keras,
+    "TensorFlow": by_tensorflow,
+}
+
+
+TEXTS = [text for page, text in PAGES.items() if page.startswith("from_")]
+TABLES = [table for text in TEXTS for table in re.split(r"\n(?=\| [^`|]+ \| jaxent \|)", text)[1:]]
+ROWS = [(table.split("|")[1].strip(), *row) for table in TABLES for row in ROW.findall(table)]
+
+
+@pytest.mark.parametrize(("peer", "theirs", "ours"), ROWS, ids=[theirs for _, theirs, _ in ROWS])
+def test_row(peer, theirs, ours):
+    used = {node.id for node in ast.walk(ast.parse(ours)) if isinstance(node, ast.Name)}
+    moving = next(name for name in MOVING if name in used)
+    want = PEERS[peer](theirs, moving)
+    for got, x in zip(OURS(ours, moving), want, strict=True):
+        assert np.shape(got) == np.shape(x)
+        assert np.abs(x).max() > 1e-3
+        np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-6)
+
+
+def test_every_row_of_the_tables_is_run():
+    assert sum(len(re.findall(r"^\| `", text, flags=re.MULTILINE)) for text in TEXTS) == len(ROWS) > 40
