@@ -40,7 +40,11 @@ def take(x: Array, classes: Array, nowhere: float = 0) -> Array:
 
 def put(x: Array, classes: Array, values: Array | float) -> Array:
     """`x` `[..., V]` with `values` `[..., K]`, or one number, at these classes; equal ones have equal values."""
-    values = jnp.full_like(classes, values, x.dtype) if isinstance(values, float) else values.astype(x.dtype)
+    if isinstance(values, float):
+        values = (0 * classes).astype(
+            x.dtype
+        ) + values  # not `full_like`, which on jax 0.12 is split as nothing is
+    values = values.astype(x.dtype)
     if classes.shape[-1] <= COMPARED:
         # selects of values, not of what is chosen: a TPU is slow at masks
         for k in range(classes.shape[-1]):

@@ -140,3 +140,16 @@ def test_second_derivatives():
         return compiled(g)({name: arrays()[name] for name in ("hidden", "kernel", "probs")}, arrays())
 
     check(product(mapped("linear", "mean")), product(functools.partial(loss, "dense", "mean")))
+
+
+@pytest.mark.parametrize("name", ["kl_divergence", "js_divergence"])
+def test_many_classes_on_an_explicit_mesh(name):
+    """Those that are scattered; outside of `jax.set_mesh`, so arrays alone say how they are split."""
+    rng, mesh = np.random.default_rng(0), jax.make_mesh((2, 4), ("rows", "classes"))
+    z = rng.normal(size=(8, 64)).astype(np.float32)
+    classes = rng.permuted(np.tile(np.arange(64, dtype=np.int32), (8, 1)), axis=1)[:, :40]
+    probs = rng.dirichlet(np.ones(45), size=8)[:, :40].astype(np.float32)
+    loss = getattr(jaxent, f"softmax_{name}")
+    f = compiled(jax.grad(lambda z, p, c: loss(z, SparseDistribution(c, p), reduction="mean"), (0, 1)))
+    inputs = z, probs, classes
+    check(f(*jax.device_put(inputs, NamedSharding(mesh, P("rows")))), f(*map(jnp.asarray, inputs)))
