@@ -1,5 +1,5 @@
-"""README.md and the pages in docs do what they say: their Python blocks run, page by page, and print the text that
-follows.
+"""README.md and the pages in docs do what they say: their Python blocks run, page by page as in a notebook, and print
+the text that follows. docs/conf.py makes the same blocks the cells of the site.
 """
 
 import json
@@ -12,16 +12,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
-PATTERN = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {path.name: path.read_text() for path in PATHS}
+PATTERN = re.compile(
+    r"^```(?:python|\{code-cell\}(?:\n:tags:[^\n]*)?)\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?",
+    flags=re.DOTALL | re.MULTILINE,
+)
 BLOCKS = {page: PATTERN.findall(text) for page, text in PAGES.items()}
-# Each block by itself: names of others are not there. On the last line what each has printed.
+NEEDS = {"from_flax.md": ["flax"], "recipes.md": ["flax", "equinox", "haiku"]}  # which the extra [docs] has
+# On the last line what each has printed.
 RUN = """
 import contextlib, io, json, sys
-printed = []
+printed, names = [], {"__name__": "__main__"}
 for i, block in enumerate(json.loads(sys.argv[1])):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(block, f"block {i}", "exec"), {"__name__": "__main__"})
+        exec(compile(block, f"block {i}", "exec"), names)
     printed.append(out.getvalue())
 print(json.dumps(printed))
 """
@@ -35,6 +40,8 @@ def test_there_are_blocks():
 
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
 def test_blocks(page):
+    for package in NEEDS.get(page, []):
+        pytest.importorskip(package)
     # in a process: what a reader who pastes it gets, with no flags of conftest.py
     codes, texts = zip(*BLOCKS[page], strict=True)
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}

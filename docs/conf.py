@@ -1,7 +1,6 @@
 """The site: `sphinx-build -W -n docs build/site`. What a page shows is run, and it prints what it prints then."""
 
-import os
-import re
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -13,10 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "jaxent"
 author = "The jaxent developers"
 project_copyright = "the jaxent developers"
-release = "0.1.0"
+release = importlib.metadata.version("jaxent")
 
 extensions = [
+    "blocks",
     "docstrings",
+    "names",
+    "thumbnails",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -33,7 +35,6 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -56,8 +57,11 @@ html_theme = "pydata_sphinx_theme"
 html_title = "jaxent"
 html_static_path = ["_static"]
 html_css_files = ["jaxent.css"]
+html_favicon = "_static/icon.svg"
+html_context = {"default_mode": "auto"}  # light or dark as the reader's machine is
 html_math_renderer = "mathml"
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "which_loss", "confusions")}  # with nothing below them
 html_theme_options = {
     "navbar_align": "left",
     "show_prev_next": True,
@@ -68,16 +72,6 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 
-BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n.*?^```$)?", flags=re.DOTALL | re.MULTILINE)
-NOTEBOOK = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n"
-
-
-def run_blocks(app, name, source):
-    """Blocks of Python become cells: what they print is made again, and tests/test_readme.py compares it."""
-    text, cells = BLOCK.subn(r"```{code-cell}\n\1```", source[0])
-    source[0] = (NOTEBOOK if cells else "") + text
-
-
 def mathml(writer, node):
     """TeX as what browsers know by themselves: no script, no fonts of others."""
     block = isinstance(node, nodes.math_block)
@@ -86,6 +80,13 @@ def mathml(writer, node):
     raise nodes.SkipNode
 
 
+def leave_out_contents(app, doctree):
+    """Of pages of one thing, and of the one where sections are answers."""
+    page = app.env.docname
+    if page.startswith(("api/", "gallery")) or page == "which_loss":
+        app.env.metadata[page]["html_theme.sidebar_secondary.remove"] = "true"
+
+
 def setup(app):
-    app.connect("source-read", run_blocks)
+    app.connect("doctree-read", leave_out_contents)
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
