@@ -26,6 +26,8 @@ BOTH = "Both or neither: `samples.log_expected_counts`, and `samples.log_expecte
 class CandidateColumns(NamedTuple):
     """What is read of a kernel, or of a bias. Accepted in its place, and then the gradient is no array of V classes.
 
+    Floating point, in the dtype of what it is read of; made by `candidate_columns`.
+
     Attributes:
       labels: those of the labels: `[..., T, D]` of a kernel, `[..., T]` of a bias; without T where labels have none.
       samples: those of the samples: `[S, D]` or `[..., S, D]`, `[S]` or `[..., S]`.

@@ -31,23 +31,25 @@ def candidate_columns(
     Args:
       kernel: `[D, V]`, floating point; or a bias `[V]`.
       labels: integers `[...]` or `[..., T]`, in [0, V); -1 is an empty slot, and gets some column.
-      samples: integers `[S]` or `[..., S]`.
-      class_axis: of the kernel: -1 for `[D, V]`, 0 for `[V, D]`.
+      samples: integers `[S]` or `[..., S]`, in [0, V).
+      class_axis: of the kernel: -1 for `[D, V]`, 0 for an embedding table `[V, D]`.
 
     Returns:
-      `CandidateColumns`, in the dtype of the kernel.
+      `CandidateColumns` of a kernel, `[..., T, D]` and `[S, D]`, or of a bias, `[..., T]` and `[S]`; without T where
+      labels have none, in the dtype of what is read.
 
     Gradients:
-      Of the kernel: that of a gather.
+      Of the kernel, in its dtype: that of a gather, an array `[D, V]`.
 
     Numerics:
       None: numbers are copied. A column outside [0, V) is NaN, and so is the loss of its row.
 
     Cost:
-      N T + S columns are read.
+      N T + S columns are read and kept: (N T + S) D numbers; no matmul.
 
     Raises:
       TypeError: a kernel that is not floating point, classes that are not integers.
+      ValueError: a kernel that is neither a matrix nor a vector; a class_axis other than -1 and 0.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -107,23 +109,24 @@ def sampled_softmax_cross_entropy(
 
         loss = -1/T sum_t log softmax(z)_t,   z = (hidden @ kernel + bias)[labels, samples] - log expected counts
 
-    With samples that are all classes, and no counts, it is the cross-entropy itself.
+    With samples that are all classes, and no counts, it is the cross-entropy itself. "mean" is
+    sum(weights loss) / sum(weights) over the rows that count.
 
     Args:
       hidden: `[..., D]`, floating point: what comes into the last layer.
       kernel: `[D, V]`, floating point, or the `CandidateColumns` of it.
-      labels: integers `[...]`, or `[..., T]` for T true classes of a row, -1 for a slot that is empty.
-      samples: integers `[S]`, or `[..., S]` for samples of each row; as drawn by `log_uniform_sampler`.
-      bias: `[V]`, or the `CandidateColumns` of it.
-      log_expected_counts: the shape of `samples`: the log of how often each was to be expected. None: all alike.
-      label_log_expected_counts: the shape of `labels`: `samples.log_expected_counts_of(labels)`.
+      labels: integers `[...]` in [0, V), or `[..., T]` for T true classes of a row, -1 for a slot that is empty.
+      samples: integers `[S]` or `[..., S]`, in [0, V), of all rows or of each; as `log_uniform_sampler` draws them.
+      bias: `[V]`, floating point, or the `CandidateColumns` of it.
+      log_expected_counts: real, the shape of `samples`: the log of how often each was to be expected. None: all alike.
+      label_log_expected_counts: real, the shape of `labels`: `samples.log_expected_counts_of(labels)`.
       remove_accidental_hits: a sample that is a label of the row is no candidate there.
       class_axis: of the kernel: -1 for `[D, V]`, 0 for an embedding table `[V, D]`.
       where: bool `[...]`; a False row is gone.
-      ignore_index: rows with this label are gone as well, where labels are `[...]`.
+      ignore_index: rows with this integer label are gone as well, where labels are `[...]`.
       weights: real `[...]`, a factor per row.
-      label_smoothing: in [0, 1]: how much of the label is spread over the candidates.
-      z_loss: >= 0, the factor of the squared log-normalizer of the candidates.
+      label_smoothing: in [0, 1]: how much of the label is spread over the candidates. A number or an array `[]`.
+      z_loss: >= 0, a number or an array `[]`, the factor of the squared log-normalizer of the candidates.
       reduction: "none", "sum" or "mean".
       class_axis_name: of a mapped axis along which the classes of kernel and bias are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -140,11 +143,13 @@ def sampled_softmax_cross_entropy(
       outside [0, V) makes its row, or all of them, NaN.
 
     Cost:
-      N (T + S) logits, of N T + S columns of the kernel.
+      N (T + S) logits, of N T + S columns of the kernel: 3 matmuls of D (T + S) N with gradients, 1 without; memory of
+      these logits, (N T + S) D numbers and the gradients; nothing else over V.
 
     Raises:
-      TypeError: operands that are not floating point, classes that are not integers.
-      ValueError: shapes that do not match exactly; expected counts of one kind alone; bad classes on the host.
+      TypeError: operands that are not floating point, classes that are not integers, a mask not bool.
+      ValueError: shapes that do not match exactly; expected counts of one kind alone; an option out of its range; bad
+        classes on the host.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
@@ -179,7 +184,7 @@ class CandidateLogits(NamedTuple):
     """The logits of true classes and samples, and what else a softmax function is told of them, by its argument.
 
     Attributes:
-      logits: `[..., T + S]`, the true classes first.
+      logits: `[..., T + S]`, float32 or float64, the true classes first.
       labels: int32 `[...]`, 0, where there is one true class; else a `SparseDistribution` of 1/T on each.
       class_mask: bool `[..., T + S]`: what is a candidate; no empty slot, and no accidental hit.
     """
@@ -211,19 +216,19 @@ def candidate_logits(
 
     Args:
       hidden: `[..., D]`, floating point; this and all that follow are as in `sampled_softmax_cross_entropy`.
-      kernel: `[D, V]`, or the `CandidateColumns` of it.
-      labels: integers `[...]` or `[..., T]`.
-      samples: integers `[S]` or `[..., S]`.
-      bias: `[V]`, or the `CandidateColumns` of it.
-      log_expected_counts: the shape of `samples`.
-      label_log_expected_counts: the shape of `labels`.
+      kernel: `[D, V]`, floating point, or the `CandidateColumns` of it.
+      labels: integers `[...]` or `[..., T]`, in [0, V).
+      samples: integers `[S]` or `[..., S]`, in [0, V).
+      bias: `[V]`, floating point, or the `CandidateColumns` of it.
+      log_expected_counts: real, the shape of `samples`.
+      label_log_expected_counts: real, the shape of `labels`.
       remove_accidental_hits: a sample that is a label of the row is no candidate there.
-      class_axis: of the kernel.
+      class_axis: of the kernel: -1 for `[D, V]`, 0 for `[V, D]`.
       where: bool `[...]`, of rows that are not to be looked at; pass it on as well.
       class_axis_name: of a mapped axis along which the classes of kernel and bias are split.
 
     Returns:
-      `CandidateLogits`: float32, or float64 where an operand is.
+      `CandidateLogits`: logits `[..., T + S]`, float32, or float64 where an operand is, and what is a candidate.
 
     Gradients:
       As `sampled_softmax_cross_entropy`.
@@ -281,22 +286,23 @@ def nce_loss(
         loss = sum_t CE(z_t, 1/T) + sum_s CE(z_s, 0),   CE(z, y) = -y log σ(z) - (1 - y) log σ(-z)
 
     over the T true classes of a row and the S samples, with z as in `sampled_softmax_cross_entropy`. Without expected
-    counts it is negative sampling, the loss of word2vec.
+    counts it is negative sampling, the loss of word2vec. "mean" is sum(weights loss) / sum(weights) over the rows that
+    count.
 
     Args:
       hidden: `[..., D]`, floating point; this and all that follow are as in `sampled_softmax_cross_entropy`.
-      kernel: `[D, V]`, or the `CandidateColumns` of it.
-      labels: integers `[...]` or `[..., T]`.
-      samples: integers `[S]` or `[..., S]`.
-      bias: `[V]`, or the `CandidateColumns` of it.
-      log_expected_counts: the shape of `samples`.
-      label_log_expected_counts: the shape of `labels`.
+      kernel: `[D, V]`, floating point, or the `CandidateColumns` of it.
+      labels: integers `[...]` or `[..., T]`, in [0, V).
+      samples: integers `[S]` or `[..., S]`, in [0, V).
+      bias: `[V]`, floating point, or the `CandidateColumns` of it.
+      log_expected_counts: real, the shape of `samples`.
+      label_log_expected_counts: real, the shape of `labels`.
       remove_accidental_hits: a sample that is a label of the row is no candidate there.
-      class_axis: of the kernel.
+      class_axis: of the kernel: -1 for `[D, V]`, 0 for `[V, D]`.
       where: bool `[...]`.
-      ignore_index: a label to leave out.
+      ignore_index: an integer label to leave out, where labels are `[...]`.
       weights: real `[...]`.
-      label_smoothing: in [0, 1]; moves the labels of all questions towards 1/2.
+      label_smoothing: in [0, 1], a number or an array `[]`; moves the labels of all questions towards 1/2.
       reduction: "none", "sum" or "mean", over the rows.
       class_axis_name: of a mapped axis along which the classes of kernel and bias are split.
       batch_axis_name: of a mapped axis along which the rows are split.

@@ -220,9 +220,12 @@ def softmax_contrastive_loss(
 
         loss_i = (CE(z_i., i) + CE(z_.i, i)) / 2,   z_ij = scale x_i . y_j;   CE(z_i., i) if not symmetric
 
+    over all rows j that count; "mean" is sum(weights loss) / sum(weights) over the pairs that count.
+
     Args:
       x: `[N, D]`, floating point: one half of each pair, in most models of length 1 (`x / norm(x)`).
-      y: `[N, D]`, row i belongs to row i of x; or `[M, D]` of more rows: hard negatives, which come last.
+      y: `[N, D]`, floating point, row i belongs to row i of x; or `[M, D]` of more rows: hard negatives,
+        which come last.
       scale: > 0, 1 / temperature: a Python number, or an array `[]`, which may be learned.
       symmetric: also which row of x belongs to one of y, of the same products; else x to y only.
       ids: integers `[N]`, one per pair: pairs that have the same (captions of one image) are no negatives of each
@@ -233,8 +236,8 @@ def softmax_contrastive_loss(
       batch_axis_name: of a mapped axis (shard_map, pmap; vmap if differentiated inside) along which the pairs are
         split: the negatives are those of all devices. Each has its rows of x, and of y first their partners, then
         hard negatives.
-      block_bytes: about how much memory a tile of the logits and its gradient may take; None: 1 MiB on a CPU, 128 MiB
-        on accelerators.
+      block_bytes: > 0, about how much memory a tile of the logits and its gradient may take; None: 1 MiB on a CPU,
+        128 MiB on accelerators.
 
     Returns:
       Losses in nats, `[N]` or a scalar: float32, or float64 where an operand is.
@@ -248,13 +251,15 @@ def softmax_contrastive_loss(
       Products are summed to float32; their gradient is rounded to bfloat16 for two matmuls where both operands are.
 
     Cost:
-      4 matmuls with gradients (3 where one tile has all pairs), 1 without, in both directions together. The matrix of
-      pairs exists in tiles. On P devices P steps, at each of which a device sends its rows of y, and backward their
-      gradient; nothing is gathered. Arrays on an auto or explicit mesh need no keyword for that.
+      4 matmuls with gradients (3 where one tile has all pairs), 1 without, in both directions together. The N x M
+      matrix of pairs exists in tiles of `block_bytes`. On P devices P steps, at each of which a device sends its rows
+      of y, and backward their gradient; nothing is gathered. Arrays on an auto or explicit mesh need no keyword for
+      that.
 
     Raises:
       TypeError: features that are not floating point, ids that are not integers, a mask not bool.
-      ValueError: shapes that do not match exactly; a scale that is not > 0. (A jax array makes the loss NaN then.)
+      ValueError: shapes that do not match exactly; an option out of its range. (A scale that is a jax array makes the
+        loss NaN then.)
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -300,17 +305,19 @@ def sigmoid_contrastive_loss(
 
         loss_i = -log σ(z_ii) - sum_{j != i} log σ(-z_ij),   z_ij = scale x_i . y_j + bias
 
+    over all rows j that count; "mean" is sum(weights loss) / sum(weights) over the rows of x that count.
+
     Args:
-      x: `[N, D]`, floating point; this and all that follow are as in `softmax_contrastive_loss`.
-      y: `[N, D]`, or `[M, D]` with hard negatives last.
-      scale: > 0; SigLIP begins with 10.
+      x: `[N, D]`, floating point, as in `softmax_contrastive_loss`.
+      y: `[N, D]`, floating point, or `[M, D]` with hard negatives last.
+      scale: > 0, a number or an array `[]`; SigLIP begins with 10.
       bias: a number or an array `[]`; SigLIP begins with -10, as most pairs are none.
-      ids: integers `[N]` or `[M]`.
+      ids: integers `[N]` or `[M]`; this and all that follow are as in `softmax_contrastive_loss`.
       where: bool `[N]`.
       weights: real `[N]`, of the questions about row i of x.
       reduction: "none", "sum" or "mean", over the rows of x.
       batch_axis_name: of a mapped axis along which the pairs are split.
-      block_bytes: of a tile.
+      block_bytes: > 0, about how much memory a tile may take; None: 1 MiB on a CPU, 128 MiB on accelerators.
 
     Returns:
       Losses in nats, `[N]`, each a sum over the rows of y, or a scalar: float32, or float64 where an operand is.
@@ -322,7 +329,8 @@ def sigmoid_contrastive_loss(
       As `sigmoid_cross_entropy`, of each pair.
 
     Cost:
-      A sum or mean takes 3 matmuls with gradients, and y goes round a ring of devices once; else 4, and twice.
+      As `softmax_contrastive_loss`, in tiles, but a sum or mean takes 3 matmuls with gradients, and y goes round a ring
+      of devices once; else 4, and twice.
 
     Raises:
       As `softmax_contrastive_loss`.

@@ -109,16 +109,18 @@ def diagnose(logits: Any, labels: Any, *, loss: str = "softmax_cross_entropy") -
             `[..., V]`. A `LinearLogits` is built.
         labels: what the loss gets second, in any shape and dtype, right or wrong.
             Or a `SparseDistribution`.
-        loss: the name of a loss that takes logits, probs or log_probs, and labels. The class axis is last.
+        loss: the name of what takes logits, probs or log_probs, and labels, the class axis last: a loss, or
+            `softmax_statistics`.
 
     Returns:
         A `Diagnosis` with `findings`, each with `name`, `seen` and `fix`; `ok`; and a readable `repr`.
 
     Cost:
-        A few passes over the arrays in NumPy.
+        A few passes over the arrays in NumPy, which get a few copies of N x V; a `LinearLogits` is multiplied out.
 
     Raises:
-        ValueError for an unknown `loss`, TypeError for traced values and for what is no array of numbers.
+        TypeError: traced values, and what is no array of numbers.
+        ValueError: an unknown `loss`.
 
     Example:
         >>> import jax, jaxent

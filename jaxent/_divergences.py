@@ -42,7 +42,11 @@ def softmax_entropy(
     class_axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
 ) -> Array:
-    """Entropy of softmax(logits): -sum_j p_j log p_j over the classes in force.
+    """Entropy of softmax(logits).
+
+        entropy = -sum_j p_j log p_j        over the classes in force
+
+    "mean" is sum(weights entropy) / sum(weights) over the rows that count.
 
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`.
@@ -50,7 +54,7 @@ def softmax_entropy(
       where: bool `[...]`; a False row is gone.
       weights: real `[...]`, a factor per row.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
-      reduction: "none", "sum" or "mean" (sum(weights * entropy) / sum(weights)).
+      reduction: "none", "sum" or "mean".
       class_axis_name: of a mapped axis along which the classes are split.
       batch_axis_name: of a mapped axis along which the rows are split.
 
@@ -58,10 +62,11 @@ def softmax_entropy(
       Entropy in nats, in [0, log V], `[...]` or a scalar: float32, or float64 for float64 logits.
 
     Gradients:
-      -p_j (log p_j + entropy), in the dtype of `logits`; any order, forward mode too.
+      -p_j (log p_j + entropy), in the dtype of `logits`; to the weights the entropy; any order, forward mode too.
 
     Numerics:
-      log1p(r) + sum_j e_j (m - z_j) / T, a sum of terms >= 0: accurate for rows that are nearly certain.
+      In float32 (float64 for float64), as log1p(r) + sum_j e_j (m - z_j) / T, a sum of terms >= 0, with m the largest
+      logit, e_j = exp(z_j - m) and T = 1 + r their sum: accurate for rows that are nearly certain.
       A NaN or +inf logit makes its row NaN; -inf is probability 0.
 
     Cost:
@@ -103,6 +108,8 @@ def softmax_kl_divergence(
 
         loss = sum_j q_j (log q_j - log p_j),   p = softmax(logits / T),   q = softmax(target_logits / T)
 
+    "mean" is sum(weights loss) / sum(weights) over the rows that count.
+
     The target may be a `SparseDistribution`: the top k classes of a teacher, with the probabilities of its whole
     softmax at the same temperature, which then divides `logits` alone. All classes that it does not name are one more,
     with the mass that is missing to 1: a difference, which float32 probabilities have to about 1e-7, and 0 if they sum
@@ -116,8 +123,8 @@ def softmax_kl_divergence(
 
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`: the model.
-      target_logits: the shape of `logits`, or `LinearLogits`: the target. Stop its gradient where it is a teacher. Or a
-        `SparseDistribution`, of probabilities.
+      target_logits: the shape of `logits`, floating point, or `LinearLogits`: the target. Stop its gradient where it
+        is a teacher. Or a `SparseDistribution`, of probabilities.
       temperature: T > 0, divides both: a Python number, or an array `[]` or `[...]`, one per row, which is a value: it
         may be traced, and be another one each time without a new compilation.
       rest: of a `SparseDistribution`: "bucket" as above; "ignore" adds up the K classes alone, which is no divergence
@@ -126,7 +133,7 @@ def softmax_kl_divergence(
       where: bool `[...]`; a False row is gone.
       weights: real `[...]`, a factor per row; of weight 0 a row adds nothing, even if it holds NaN.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of both, even if it holds NaN.
-      reduction: "none", "sum" or "mean" (sum(weights * loss) / sum(weights)).
+      reduction: "none", "sum" or "mean".
       class_axis_name: of a mapped axis along which the classes of both are split.
       batch_axis_name: of a mapped axis along which the rows are split.
 
@@ -140,10 +147,10 @@ def softmax_kl_divergence(
       0 to `target_logits`: it is as infinite for all targets near this one.
 
     Numerics:
-      With d = log(q / p), taken from differences of logits, the loss is sum_j q_j (d_j + expm1(-d_j)), each term
-      >= 0: about 1e-6 relative down to a divergence of 4e-9, where the naive form is off by more than its value; also
-      where all logits of one of both are shifted. A class with p = 0 < q gives +inf; q = 0 gives 0. A temperature
-      in an array that is not positive and finite gives NaN.
+      In float32 (float64 for float64). With d = log(q / p), taken from differences of logits, the loss is sum_j q_j
+      (d_j + expm1(-d_j)), each term >= 0: about 1e-6 relative down to a divergence of 4e-9, where the naive form is
+      off by more than its value; also where all logits of one of both are shifted. A class with p = 0 < q gives +inf;
+      q = 0 gives 0. A temperature in an array that is not positive and finite gives NaN.
 
     Cost:
       Some passes over both logits with a few arrays of N x V; where one of them is `LinearLogits`, by blocks of rows.
@@ -153,8 +160,9 @@ def softmax_kl_divergence(
       K > 32 two; `LinearLogits` 3 matmuls, 4 without a reduction, and none.
 
     Raises:
-      TypeError: logits that are not floating point; a mask that is not bool.
-      ValueError: shapes that differ; a number for temperature outside of (0, inf); one axis name for classes and rows.
+      TypeError: logits that are not floating point; a mask that is not bool; a temperature that is no number.
+      ValueError: shapes that differ; a number for temperature outside of (0, inf); an unknown rest or reduction; one
+        axis name for classes and rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -196,11 +204,13 @@ def softmax_js_divergence(
     of the loss, which goes to 0 there: they are those of loss / beta (forward KL) and loss / (1 - beta) (reverse KL),
     as in on-policy distillation. So the loss of a beta of 0.001 is about a thousandth of that of 0.
 
+    "mean" is sum(weights loss) / sum(weights) over the rows that count.
+
     Args:
       logits: `[..., V]`, floating point, or `LinearLogits`: the model.
-      target_logits: the shape of `logits`, or `LinearLogits`, or a `SparseDistribution`: the target. Stop its gradient
-        where it is a teacher.
-      temperature: T > 0, divides both; as in `softmax_kl_divergence`.
+      target_logits: the shape of `logits`, floating point, or `LinearLogits`, or a `SparseDistribution`: the target.
+        Stop its gradient where it is a teacher.
+      temperature: T > 0, divides both: a number, or an array `[]` or `[...]`, one per row.
       beta: in [0, 1], the share of the target in the mean; 0.5 is the Jensen-Shannon divergence. A Python number, or an
         array `[]` or `[...]`, one per row, which is a value: it may be traced, and be differentiated.
       rest: of a `SparseDistribution`: "bucket" or "ignore". Reverse KL to one that sums to 1 is infinite in the bucket.
@@ -218,8 +228,9 @@ def softmax_js_divergence(
 
     Gradients:
       (1 - beta) p_j (log(p_j / h_j) - KL(p || h)) / T to `logits`, beta q_j (log(q_j / h_j) - KL(q || h)) / T to
-      `target_logits`, those of the KL at the ends; to a temperature that is an array; KL(q || h) - KL(p || h) to such a
-      beta, and 0 at the ends; the loss to the weights, also to one of 0. Any order, forward mode too.
+      `target_logits`, each in its own dtype, those of the KL at the ends; to a temperature that is an array; KL(q ||
+      h) - KL(p || h) to such a beta, and 0 at the ends; the loss to the weights, also to one of 0. Any order, forward
+      mode too.
 
     Numerics:
       Both KLs are sums of terms >= 0, of log(p / h) and log(q / h) that come from differences of logits and of beta

@@ -54,21 +54,23 @@ def softmax_loss(
       ignore_index: rows with this integer label are gone as well.
       weights: real `[...]`, a factor per row.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
-      classes: integers `[..., K]`, chosen classes of each row: `fn` sees `class_log_probs` `[K]` and `other_log_prob`,
-        which are those of `softmax_statistics`.
+      classes: integers `[..., K]` in [0, V) or -1, chosen classes of each row: `fn` sees `class_log_probs` `[K]`
+        and `other_log_prob`, which are those of `softmax_statistics`.
       reduction: "none", "sum" or "mean".
       has_aux: whether `fn` returns `(loss, aux)`, aux a pytree of arrays: metrics from the same pass.
       class_axis_name: of a mapped axis along which the classes are split.
       batch_axis_name: of a mapped axis along which the rows are split.
 
     Returns:
-      Losses `[...]` or a scalar, in what unit `fn` gives; with `has_aux` `(losses, aux)`, its leaves `[..., *anything]`
-      of each row, never reduced, 0 in rows that do not count (but for random keys).
+      Losses `[...]` or a scalar, in what unit `fn` gives, float32 (float64 for float64 logits); with `has_aux`
+      `(losses, aux)`, its leaves `[..., *anything]` of each row, never reduced, 0 in rows that do not count (but for
+      random keys).
 
     Gradients:
-      With respect to `logits`, `row_args`, a distribution, and what `fn` closes over; to any order and in forward mode
-      (`LinearLogits` has its limits). `fn` is differentiated by jax, the statistics by jaxent; `aux` is not. A custom
-      rule inside `fn` must be linear in its cotangent, which for a reduced loss is known up to a factor only.
+      With respect to `logits`, `row_args`, a distribution, and what `fn` closes over, in their dtypes; to any order
+      and in forward mode (`LinearLogits` has its limits). `fn` is differentiated by jax, the statistics by jaxent;
+      `aux` is not. A custom rule inside `fn` must be linear in its cotangent, which for a reduced loss is known up to
+      a factor only.
 
     Numerics:
       The statistics are those of `softmax_statistics`: accurate for confident rows, NaN for bad labels. Rows
@@ -162,8 +164,8 @@ def softmax_statistics(
       axis: the class axis.
       where: bool `[...]`; a False row has 0 in real fields, prediction -1 and rank V: it is no hit.
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
-      classes: integers `[..., K]`, chosen classes of each row, K where V stands in `logits`. -1 is an empty slot. Any
-        other number outside [0, V) makes its row NaN; NumPy ones raise.
+      classes: integers `[..., K]` in [0, V), chosen classes of each row, K where V stands in `logits`. -1 is an empty
+        slot. Any other number makes its row NaN; NumPy ones raise.
       class_axis_name: of a mapped axis along which the classes are split.
 
     Returns:
@@ -199,7 +201,7 @@ def softmax_statistics(
       [-2.1698] [0.5243] [0] [1]
 
     Source:
-      log-prob and entropy in one pass: what policy-gradient training asks of a language model head.
+      log-prob and entropy in one pass: what policy-gradient training asks of a language model head, as in TRL.
     """
     function = "softmax_statistics"
     options = Options(axis, where, class_mask=class_mask, classes=classes, class_axis_name=class_axis_name)

@@ -57,16 +57,17 @@ def categorical_cross_entropy(
       Losses `[...]`, or a scalar, in nats; float32 (float64 for float64 probs).
 
     Gradients:
-      -1/p at the label, -q/p for a distribution, with respect to probs; -log p with respect to a distribution, 0
-      where p = q = 0; the loss with respect to a weight, also one of 0 (0 where the loss is not finite). All
-      derivatives in both modes.
+      -1/p at the label, -q/p for a distribution, with respect to probs, in their dtype; -log p with respect to a
+      distribution, 0 where p = q = 0; the loss with respect to a weight, also one of 0 (0 where the loss is not
+      finite). All derivatives in both modes.
 
     Numerics:
-      Probabilities are never clipped: p = 0 at the label gives a loss of +inf and a gradient of -inf, which is what a
-      softmax that underflowed has lost and what `softmax_cross_entropy` on the logits still knows. Up to 16 ulp above
-      1 (1 + 16 eps of the dtype of probs: 1.000002 in float32, 1.125 in bfloat16) p is taken as 1, and the gradient
-      is that at 1. A row with any other probability outside [0, 1], NaN, or a label out of range has NaN loss and NaN
-      gradient; others are clean. Masked rows contribute exactly 0. A mean over nothing is 0.
+      In float32 (float64 for float64). Probabilities are never clipped: p = 0 at the label gives a loss of +inf and a
+      gradient of -inf, which is what a softmax that underflowed has lost and what `softmax_cross_entropy` on the
+      logits still knows. Up to 16 ulp above 1 (1 + 16 eps of the dtype of probs: 1.000002 in float32, 1.125 in
+      bfloat16) p is taken as 1, and the gradient is that at 1. A row with any other probability outside [0, 1], NaN,
+      or a label out of range has NaN loss and NaN gradient; others are clean. Masked rows contribute exactly 0. A
+      mean over nothing is 0.
 
     Cost:
       One pass over N x V; no one-hot array for integer labels.
@@ -182,8 +183,8 @@ def nll_loss(
 ) -> Array:
     """Negative log-likelihood from log-probabilities (a `log_softmax`, a CRF, a flow).
 
-    loss = -cw[label] log_probs[label], or -sum_j cw_j q_j log_probs_j for a distribution q; "mean" divides the sum of
-    where w loss by the sum of where w cw[label] (of where w for a distribution).
+    loss = -cw[label] log_probs[label], or -sum_j cw_j q_j log_probs_j for a distribution q; "mean" is
+    sum(where w loss) / sum(where w cw[label]) over rows, for a distribution / sum(where w).
 
     Args:
       log_probs: `[..., V]`, floating point. Values above 0 (densities) are taken as they are.
@@ -203,9 +204,9 @@ def nll_loss(
       distribution, 0 where q = 0 meets -inf. Weights and modes as in `categorical_cross_entropy`.
 
     Numerics:
-      -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out of range, or NaN beside a
-      distribution, has NaN loss and a NaN row of the gradient; others are clean. For an integer label only its own
-      entry is read.
+      In float32 (float64 for float64). -inf at the label gives a loss of +inf, and 0 * inf = 0 elsewhere. A label out
+      of range, or NaN beside a distribution, has NaN loss and a NaN row of the gradient; others are clean. For an
+      integer label only its own entry is read.
 
     Cost:
       That of `categorical_cross_entropy`; works on a class axis that is split over devices.

@@ -308,20 +308,21 @@ def total_weight(
     of means is not, where the weights differ.
 
     Args:
-      labels: integers or bools `[...]`, one per row (or element), read for `ignore_index` and `class_weights` only;
-        of a distribution pass any, e.g. `labels.argmax(-1)`, or `labels.classes[..., 0]` of a sparse one.
+      labels: integers in [0, V), or bools, `[...]`, one per row (or element), read for `ignore_index` and
+        `class_weights` only; of a distribution pass any, e.g. `labels.argmax(-1)`, or `labels.classes[..., 0]` of a
+        sparse one.
       where: bool `[...]`, like all that follow what the loss is given.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
       class_weights: real `[V]`.
-      class_axis_name: of a mapped axis along which `class_weights` are split.
+      class_axis_name: of a mapped axis along which the classes of `class_weights` are split.
       batch_axis_name: of a mapped axis along which the rows are split: the weight of all rows.
 
     Returns:
       A scalar, float32 (float64 for float64 weights); 0 where nothing counts, where the mean is 0.
 
     Gradients:
-      With respect to `weights`.
+      To `weights`: class_weights[label], in their dtype, 0 where a row does not count.
 
     Numerics:
       A sum in float32. The row of a bad label counts as in the mean, whose loss it makes NaN.

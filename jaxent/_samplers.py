@@ -25,8 +25,8 @@ class Samples:
       classes: int32 `[S]`.
       log_expected_counts: float32 `[S]`, the log of how often each of them was to be expected among S.
       tries: float32 `[]`, how many draws it took; S where classes may come twice.
-      proposal: the distribution that they are from: `log_probs(classes)`.
-      unique: whether no class comes twice.
+      proposal: a pytree, the distribution that they are from: `log_probs(classes)`.
+      unique: a bool, whether no class comes twice.
     """
 
     classes: Array
@@ -39,7 +39,10 @@ class Samples:
         return iter((self.classes, self.log_expected_counts))
 
     def log_expected_counts_of(self, classes: Array) -> Array:
-        """Of any classes, `[...]`, such as labels: what `label_log_expected_counts` asks for. -inf outside [0, V)."""
+        """Of any classes, integers `[...]`, such as labels: what `label_log_expected_counts` asks for.
+
+        float32 `[...]`, -inf outside [0, V).
+        """
         return _log_expected_counts(self.proposal, classes, self.tries, self.unique)
 
 
@@ -50,8 +53,8 @@ def log_uniform_sampler(key: Array, classes: int, number: int, *, unique: bool =
 
     Args:
       key: of `jax.random`.
-      classes: V.
-      number: S, how many samples.
+      classes: V, how many there are, a Python int > 0.
+      number: S, how many samples, a Python int > 0; at most V with `unique`.
       unique: no class twice, by drawing until S different ones are found.
 
     Returns:
@@ -62,14 +65,14 @@ def log_uniform_sampler(key: Array, classes: int, number: int, *, unique: bool =
       None.
 
     Numerics:
-      Expected counts as -expm1(T log1p(-P)), exact to a few ulp for rare classes. (TensorFlow takes S P(c) where T
-      happens to be S, which may be above 1.)
+      In float32; expected counts as -expm1(T log1p(-P)), exact to a few ulp for rare classes. (TensorFlow takes S P(c)
+      where T happens to be S, which may be above 1.)
 
     Cost:
-      A sort of 2 S numbers for each S draws with `unique`; no array over the classes.
+      A sort of 2 S numbers for each S draws with `unique`; memory of some S numbers, none over the classes.
 
     Raises:
-      ValueError: fewer classes than samples with `unique`; numbers that are not positive.
+      ValueError: fewer classes than samples with `unique`; numbers that are no positive ints.
 
     Example:
       >>> import jax, jaxent
@@ -85,16 +88,16 @@ def log_uniform_sampler(key: Array, classes: int, number: int, *, unique: bool =
 
 
 def uniform_sampler(key: Array, classes: int, number: int, *, unique: bool = True) -> Samples:
-    """Classes that are all equally likely.
+    """Classes that are all equally likely: P(c) = 1 / V.
 
     Args:
       key: of `jax.random`.
-      classes: V.
-      number: S, how many samples.
-      unique: no class twice.
+      classes: V, how many there are, a Python int > 0.
+      number: S, how many samples, a Python int > 0; at most V with `unique`.
+      unique: no class twice, by drawing until S different ones are found.
 
     Returns:
-      As `log_uniform_sampler`, with P(c) = 1 / V.
+      `Samples`, which unpacks to int32 `[S]` and float32 `[S]`, as `log_uniform_sampler`.
 
     Gradients:
       None.
@@ -126,26 +129,29 @@ def learned_sampler(key: Array, counts: Array, number: int, *, unique: bool = Tr
     Args:
       key: of `jax.random`.
       counts: real `[V]`, >= 0; to a power of 3/4 before, as in word2vec, if wanted.
-      number: S, how many samples.
+      number: S, how many samples, a Python int > 0; at most V with `unique`.
       unique: no class twice, by a race: each class arrives after a time that is exponential with rate P(c), and the
         first S are taken. That is drawing until S different ones are found, without the draws.
 
     Returns:
-      As `log_uniform_sampler`. With `unique` T is the time at which the last one arrived, and the expected count
-      1 - exp(-P(c) T). A class with a count of 0 is never drawn, and -inf is its log.
+      `Samples`, which unpacks to int32 `[S]` and float32 `[S]`, as `log_uniform_sampler`. With `unique` T is the time
+      at which the last one arrived, and the expected count 1 - exp(-P(c) T). A class with a count of 0 is never drawn,
+      and -inf is its log.
 
     Gradients:
       None.
 
     Numerics:
-      As `log_uniform_sampler`. Where fewer than S classes have a count, those without one fill up, as -1.
+      As `log_uniform_sampler`. Where fewer than S classes have a count, those without one fill up, as -1. That
+      counts are not negative is not checked.
 
     Cost:
-      With `unique` V random numbers and the S smallest of them; else a cumulative sum over V.
+      With `unique` V random numbers and the S smallest of them; else, of each sample, two cumulative sums over sqrt(V)
+      numbers or so.
 
     Raises:
       TypeError: counts that are not real.
-      ValueError: counts that are no vector; fewer classes than samples with `unique`.
+      ValueError: counts that are no vector; fewer classes than samples with `unique`; a number that is no int > 0.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent

@@ -125,8 +125,8 @@ def sigmoid_focal_loss(
       where: bool `[...]`.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
-      pos_weight: a further weight of positives: a number, or an array `[]`, `[V]` or `[...]`.
-      label_smoothing: a in [0, 1].
+      pos_weight: a further weight of positives, >= 0: a number, or an array `[]`, `[V]` or `[...]`.
+      label_smoothing: a in [0, 1], a number or an array `[]`.
       reduction: "none", "sum" or "mean"; the mean divides by the elements, not by the positives of a detector.
 
     Returns:
@@ -194,8 +194,8 @@ def sigmoid_asymmetric_loss(
       where: bool `[...]`.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
-      pos_weight: weight of positives: a number, or an array `[]`, `[V]` or `[...]`.
-      label_smoothing: a in [0, 1].
+      pos_weight: weight of positives, >= 0: a number, or an array `[]`, `[V]` or `[...]`.
+      label_smoothing: a in [0, 1], a number or an array `[]`.
       reduction: "none", "sum" or "mean".
 
     Returns:

@@ -59,7 +59,7 @@ def softmax_cross_entropy(
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
       label_smoothing: a in [0, 1]: how much of the label is spread evenly over the classes in force. Like `z_loss` a
         Python number, which is part of the program, or an array `[]`, which may be annealed or mapped over.
-      z_loss: >= 0, the factor of the squared log-normalizer, which keeps logits from drifting.
+      z_loss: >= 0, a number or an array `[]`, the factor of the squared log-normalizer, against drift.
       reduction: "none" (one loss per row), "sum" or "mean".
       class_axis_name: of a mapped axis (shard_map, pmap, vmap) along which the classes are split: each device has
         its slice of `logits`, `class_weights` and `class_mask`; labels count over all classes.
@@ -87,8 +87,10 @@ def softmax_cross_entropy(
       a reduction, and no array of N x V at all.
 
     Raises:
-      TypeError: logits that are not floating point; float class indices; one-hot integers; a mask not bool.
-      ValueError: a shape that does not match exactly; an option out of its range; a bad label on the host.
+      TypeError: logits that are not floating point; float class indices; one-hot integers; a mask not bool; an option
+        that is no number.
+      ValueError: a shape that does not match exactly; an option out of its range; a bad label on the host; one
+        axis name for classes and rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxent
@@ -138,14 +140,14 @@ def softmax_focal_loss(
       gamma: >= 0, a number or an array `[]`; 0 is the cross-entropy.
       alpha: >= 0, a factor of the loss: a number, an array `[]`, or `[V]`, one per class, constants. Unlike
         `class_weights` they are not what the mean divides by.
-      axis: as in `softmax_cross_entropy`, like all that follow.
+      axis: the class axis; this and all that follow are as in `softmax_cross_entropy`.
       where: bool `[...]`.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
       class_weights: real `[V]`.
       class_mask: bool `[V]` or the shape of `logits`.
-      label_smoothing: in [0, 1].
-      z_loss: >= 0.
+      label_smoothing: in [0, 1], a number or an array `[]`.
+      z_loss: >= 0, a number or an array `[]`.
       reduction: "none", "sum" or "mean".
       class_axis_name: of a mapped axis along which the classes are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -154,7 +156,7 @@ def softmax_focal_loss(
       Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
 
     Gradients:
-      With respect to `logits` (and a distribution), to any order and in forward mode.
+      As `softmax_cross_entropy`, to `logits` in their dtype; also to gamma and an alpha that are arrays `[]`.
 
     Numerics:
       As `softmax_cross_entropy`; 1 - p_j is -expm1(log p_j), exact where p_j rounds to 1.
@@ -212,14 +214,14 @@ def softmax_poly_loss(
       logits: `[..., V]`, floating point, or `LinearLogits`.
       labels: integers `[...]` in [0, V), a distribution `[..., V]`, or a `SparseDistribution`.
       epsilon: >= -1, the factor of the first polynomial term, a number or an array `[]`; 0 is the cross-entropy.
-      axis: as in `softmax_cross_entropy`, like all that follow.
+      axis: the class axis; this and all that follow are as in `softmax_cross_entropy`.
       where: bool `[...]`.
       ignore_index: an integer label to leave out.
       weights: real `[...]`.
       class_weights: real `[V]`.
       class_mask: bool `[V]` or the shape of `logits`.
-      label_smoothing: in [0, 1].
-      z_loss: >= 0.
+      label_smoothing: in [0, 1], a number or an array `[]`.
+      z_loss: >= 0, a number or an array `[]`.
       reduction: "none", "sum" or "mean".
       class_axis_name: of a mapped axis along which the classes are split.
       batch_axis_name: of a mapped axis along which the rows are split.
@@ -228,7 +230,7 @@ def softmax_poly_loss(
       Losses in nats, `[...]` or a scalar: float32, or float64 for float64 logits.
 
     Gradients:
-      With respect to `logits` (and a distribution), to any order and in forward mode.
+      As `softmax_cross_entropy`, to `logits` in their dtype; also to an epsilon that is an array.
 
     Numerics:
       As `softmax_cross_entropy`; 1 - p_j is -expm1(log p_j), exact where p_j rounds to 1.

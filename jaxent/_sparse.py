@@ -28,7 +28,7 @@ InForce = Callable[[Array], Array] | None  # of classes [...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseDistribution:
-    """A label distribution with mass on K classes of each row: accepted as `labels` wherever a distribution is.
+    """A label distribution with mass on K classes of each row: `labels` of softmax losses, target of KL and JS.
 
         q_j = sum of probs[..., k] over the slots with classes[..., k] == j
 
@@ -37,19 +37,24 @@ class SparseDistribution:
 
     Args:
       classes: integers `[..., K]`, in [0, V). The same class twice adds up.
-      probs: floats `[..., K]`, used as they are, whatever their sum. A slot of probability 0 is gone, whatever its
-        class: sets of different sizes are filled up with -1. With an `axis` of logits K stands where V does.
+      probs: `[..., K]`, floating point in [0, 1], used as they are, whatever their sum. A slot of probability 0 is
+        gone, whatever its class: sets of different sizes are filled up with -1. With an `axis` of logits K stands
+        where V does.
+
+    Gradients:
+      `probs` get what the dense distribution gets at their classes, a slot whose class is none (-1) 0.
 
     Numerics:
       A bad class (outside [0, V), or not in force) that has probability makes its row's loss and gradient NaN; where
       both arrays are NumPy's it raises.
 
-    Gradients:
-      `probs` get what the dense distribution gets at their classes, a slot whose class is none (-1) 0.
-
     Cost:
       K numbers per row are gathered. In the gradient each logit is compared with up to 32 classes of its row; more are
-      scattered into it.
+      scattered into it, which takes an array of N x V.
+
+    Raises:
+      Nothing when it is made; as `labels` of a loss, TypeError: classes that are not integers, probs that are not
+      floating point; ValueError: shapes that do not match exactly, bad NumPy classes.
 
     Example:
       >>> import jax.numpy as jnp, jaxent

@@ -34,19 +34,19 @@ from ._sparse import BAD
 class SoftmaxStatistics:
     """What a softmax loss may depend on, one value per row; see `jaxent.softmax_statistics`.
 
-    Attributes:
-      log_prob: log p_y of an integer label, or sum_j q_j log p_j of a distribution q. Nats, as all logs here.
-      weighted_log_prob: the same with class weights w: w_y log p_y, or sum_j w_j q_j log p_j.
-      mean_log_prob: (1/V) sum_j w_j log p_j over the V classes in force: what label smoothing needs.
-      log_normalizer: log sum_j exp(z_j), the log-sum-exp.
-      entropy: -sum_j p_j log p_j.
-      prediction: int32, the class of the largest logit, the first of several.
-      rank: int32, how many classes have a larger logit than the label: 0 is top-1, `rank < k` is top-k.
-      class_log_probs: K of them, log p_c of the chosen `classes`; -inf in an empty slot.
-      other_log_prob: log of the mass of all classes that are not chosen: a sum without these, never 1 - sum.
+    Logs are in nats, float32 (float64 for float64 logits). What was not asked for is None: `log_prob`,
+    `weighted_log_prob` and `rank` without labels, `rank` also for distributions; the last two without `classes`.
 
-    `log_prob`, `weighted_log_prob` and `rank` are None without labels, `rank` also for distributions; the last two
-    without `classes`.
+    Attributes:
+      log_prob: `[...]`, log p_y of an integer label, or sum_j q_j log p_j of a distribution q.
+      weighted_log_prob: `[...]`, the same with class weights w: w_y log p_y, or sum_j w_j q_j log p_j.
+      mean_log_prob: `[...]`, (1/V) sum_j w_j log p_j over the V classes in force: what label smoothing needs.
+      log_normalizer: `[...]`, log sum_j exp(z_j), the log-sum-exp.
+      entropy: `[...]`, -sum_j p_j log p_j.
+      prediction: int32 `[...]`, the class of the largest logit, the first of several.
+      rank: int32 `[...]`, how many classes have a larger logit than the label: 0 is top-1, `rank < k` is top-k.
+      class_log_probs: `[..., K]`, log p_c of the chosen `classes`; -inf in an empty slot.
+      other_log_prob: `[...]`, log of the mass of all classes that are not chosen: a sum without these, never 1 - sum.
     """
 
     log_prob: Array | None = None

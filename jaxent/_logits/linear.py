@@ -27,7 +27,7 @@ SOFTCAP = Range(0, math.inf, "For no bound pass None.", above=True)
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearLogits:
-    """Logits `hidden @ kernel + bias` that are never built: pass them wherever jaxent takes `logits`.
+    """Logits `hidden @ kernel + bias` that are never built: pass them to any softmax function.
 
         logits = cap(hidden @ kernel + bias) / temperature,   cap(z) = softcap * tanh(z / softcap)
 
@@ -38,13 +38,13 @@ class LinearLogits:
       hidden: `[..., D]`, floating point: what comes into the last layer.
       kernel: `[D, V]`, floating point; the layout of flax's `Dense` and of `hidden @ kernel`. Or an embedding table
         `[V, D]`, with `class_axis=0`.
-      bias: `[V]` or None.
+      bias: `[V]`, floating point, or None.
       temperature: T > 0, divides the logits: a Python number, or an array `[]` or `[...]`, one per row.
       softcap: > 0, bounds the logits (before the temperature) to +-softcap: a number or an array `[]`. None: no bound.
       class_axis: of the kernel: -1 for `[D, V]`, 0 for an embedding table `[V, D]` (tied embeddings), which is read,
         and whose gradient is made, as it lies: no copy, where `kernel=table.T` may take two.
       precision: of the matmuls, as in `jnp.matmul`.
-      block_bytes: about how much memory a block of logits and its gradient may take, beside the gradients of
+      block_bytes: > 0, about how much memory a block of logits and its gradient may take, beside the gradients of
         `hidden` and `kernel`. Larger blocks are faster, up to some thousand rows. Of each device, where jax knows
         over how many the arrays are split (docs/sharding.md). None: 128 MiB on a CPU; on accelerators as the machine
         and the shapes ask for, blocks of rows up to 18 kB a class (docs/architecture.md).
@@ -67,9 +67,14 @@ class LinearLogits:
       or softcap that is an array and out of its range makes its rows NaN.
 
     Cost:
+      Memory of about `block_bytes` and of the gradients, none of N x V.
       2 N D V operations a matmul. `reduction="mean"` or "sum": 3 matmuls with gradients, 1 without. "none", or few
       rows and very many classes: 4. Blocks in which no row counts are left out; in a reduced loss also those whose
       weights are all 0. With a `class_mask` the backward may copy the kernel.
+
+    Raises:
+      Nothing when it is made: a pytree may hold anything. As `logits` of a function, TypeError: operands that are not
+      floating point; ValueError: shapes that do not match exactly, an option out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxent
