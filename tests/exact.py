@@ -90,11 +90,11 @@ LOSSES = {
     "class mask": softmax(
         CE, "logits", "labels", class_mask="class_mask", sources=("dense", "rows", "classes")
     ),
-    "mean": softmax(CE, "logits", "labels", reduction="mean", sources=("dense", "classes")),
-    "mean, masked": softmax(
+    "mean": softmax(CE, "logits", "labels", where="where", reduction="mean", sources=("dense", "classes")),
+    "weighted mean": softmax(
         CE, "logits", "labels", weights="weights", where="where", reduction="mean", sources=("dense", *BLOCKS)
     ),
-    "sum": softmax(CE, "logits", "distribution", where="where", reduction="sum", sources=("dense", "pieces")),
+    "sum": softmax(CE, "logits", "distribution", reduction="sum", sources=("dense", "pieces")),
     "focal": softmax(FOCAL, "logits", "labels", where="where", sources=("dense", "rows")),
     "focal of distributions": softmax(
         FOCAL, "logits", "distribution", gamma=0.5, sources=("dense", "classes")
@@ -109,10 +109,16 @@ LOSSES = {
     "JS, beta": softmax(JS, *BOTH, shifts=BOTH, beta=0.25),
     "JS to few": softmax(JS, "logits", "sparse"),
     "objective": softmax(
-        "softmax_loss", "logits", "labels", "advantage", reduction="none", sources=("dense", "rows")
+        "softmax_loss",
+        "logits",
+        "labels",
+        "advantage",
+        where="where",
+        reduction="none",
+        sources=("dense", "rows"),
     ),
-    "objective, masked": softmax(
-        "softmax_loss", "logits", "labels", "advantage", where="where", sources=("pieces", "classes")
+    "objective, mean": softmax(
+        "softmax_loss", "logits", "labels", "advantage", sources=("pieces", "classes")
     ),
     "sigmoid": other("sigmoid_cross_entropy", "logits", "yes_no"),
     "sigmoid, masked": other(
@@ -150,7 +156,7 @@ LOSSES = {
     ),
 }
 ROWS = [(name, source) for name, loss in LOSSES.items() for source in loss.sources]
-FULL = [("labels, masked", "37"), ("mean, masked", "rows"), ("KL", "dense"), ("sigmoid", "dense")]
+FULL = [("labels, masked", "37"), ("weighted mean", "rows"), ("KL", "dense"), ("sigmoid", "dense")]
 
 
 def over(rows):
