@@ -72,6 +72,7 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 
+
 def mathml(writer, node):
     """TeX as what browsers know by themselves: no script, no fonts of others."""
     block = isinstance(node, nodes.math_block)

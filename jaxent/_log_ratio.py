@@ -89,6 +89,7 @@ class Whole(NamedTuple):
     sums: tuple[Array, ...] = ()  # L; and S_p and S_q, if L is not S_q alone
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)  # as dense.statistics
 def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     """Divergences `[...]` of arrays; the gradient of a row that does not count is exactly 0."""
     pair = _hide(varying_like(pair, pair))

@@ -446,4 +446,4 @@ def _backward(static: _Form, residuals: Any, g: Array) -> Any:
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _rule.defvjp(lambda static, *arrays: (_primal(static, *arrays), arrays), _backward)
-_elementwise = with_forward_mode(_rule)
+_elementwise = jax.jit(with_forward_mode(_rule), static_argnums=0, inline=True)  # as dense.statistics

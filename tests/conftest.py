@@ -57,7 +57,7 @@ EVERY_OTHER_ROW = {
 
 
 def pytest_collection_modifyitems(config, items):
-    """First what takes longest; and rows that are exhaustive, but for one that is asked for."""
+    """First what takes longest; and rows that are exhaustive, unless one is asked for. Those beside them: a sample."""
     items.sort(key=lambda item: item.path.name != "test_devices.py")
     if any("::" in argument for argument in config.args):
         return
@@ -70,6 +70,10 @@ def pytest_collection_modifyitems(config, items):
             rows[item.obj] += 1
             if (sum(place) + zlib.crc32(item.originalname.encode())) % 2:
                 item.add_marker(pytest.mark.exhaustive)
+    of_tables = {item.obj for item in items if item.get_closest_marker("exhaustive")}
+    for item in items:
+        if item.obj in of_tables and not item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.sample)
 
 
 @pytest.fixture
@@ -77,6 +81,19 @@ def x64():
     """float64 in jax, for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """`monkeypatch.setattr` of what compiled code has in it: nothing that was traced before is used, or later."""
+
+    def set_and_forget(*args):
+        monkeypatch.setattr(*args)
+        jax.clear_caches()
+
+    yield set_and_forget
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Blocks of Python as cells of a notebook, and what stands below them as what they must print.
 
-A page is Markdown that any viewer shows. It is run here, as a notebook in a process of its own; where it has said what a
-block prints and it prints something else, the build warns, and `-W` ends it.
+A page is Markdown that any viewer shows. Here it is run, as a notebook in a process of its own. Where it says what a
+block prints, and that prints something else, the build warns; `-W` makes an error of it.
 """
 
 import os
@@ -27,7 +27,9 @@ def compare(app, doctree):
     expected = app.env.temp_data.pop("expected", [])
     cells = [x for x in doctree.findall(nodes.container) if x.get("nb_element") == "cell_code"]
     for cell, text in zip(cells, expected, strict=False):  # a page with cells of its own says nothing of them
-        printed = [x.astext() for x in cell.findall(nodes.container) if x.get("nb_element") == "cell_code_output"]
+        printed = [
+            x.astext() for x in cell.findall(nodes.container) if x.get("nb_element") == "cell_code_output"
+        ]
         if text and text.split() != " ".join(printed).split():
             logger.warning("printed %r, not %r", printed, text, location=cell)
 
