@@ -93,8 +93,8 @@ def _of_row(s: SoftmaxStatistics, target: tuple[Array, Array], beta: Number, res
     q, parts = (x.astype(log_p.dtype) for x in target)
     if rest == "bucket":
         known = jnp.sum(q)
-        # A little mass of the others is as exact as its parts are: multiples of 2^-12 add up without rounding.
-        coarse = jnp.round(parts * 4096) / 4096
+        # A little mass of the others is as exact as its parts are: multiples of 2^-20 add up without rounding.
+        coarse = jnp.round(parts * 2**20) / 2**20
         left = (1 - jnp.sum(coarse)) - jnp.sum(parts - coarse)
         others = jnp.where(known < 1, jnp.maximum(left, 0), jnp.where(jnp.isnan(known), known, 0))
         # where all classes are named, the rest is a rounding
