@@ -249,8 +249,10 @@ def _near(z_p: Array, z_q: Array, temperature: float | Array, whole: Whole) -> t
     """u, and where it is small enough to be used; 0 elsewhere."""
     on = (z_p != -jnp.inf) & (z_q != -jnp.inf)
     z_p, z_q = jnp.where(on, z_p, 0), jnp.where(on, z_q, 0)
-    difference = z_q - z_p
-    u = (difference - (whole.q.m - whole.p.m)[..., None]) + subtraction_error(z_q, z_p, difference)
+    difference, shift = z_q - z_p, whole.q.m - whole.p.m
+    # both have rounding errors, which are the same where both largest logits are of one class
+    lost = subtraction_error(z_q, z_p, difference) - subtraction_error(whole.q.m, whole.p.m, shift)[..., None]
+    u = (difference - shift[..., None]) + lost
     near = on & (jnp.abs(u) < 30 * temperature)
     return divided(jnp.where(near, u, 0), temperature), near
 

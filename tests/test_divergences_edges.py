@@ -53,6 +53,22 @@ def test_a_shift_of_one_of_both_costs_no_digits(name, temperature):
         assert_close(db, want(cotangent=np.ones(len(a))).labels)
 
 
+def test_the_gradient_of_a_sure_row_that_is_shifted():
+    """Of differences of logits both lose what rounding takes, which is the same for all classes, and cancels."""
+    z, t = pairs(200, 1e-3)
+    z[:, 2] += 8
+    t[:, 2] += 8
+    t += F32(1e4)
+    for beta in (0.0, 1.0):
+        f = functools.partial(jaxent.softmax_js_divergence, beta=beta)
+        found = compiled(jax.grad(lambda z, t, f=f: jnp.sum(f(z, t)), (0, 1)))(z, t)
+        known = oracle.softmax_js_divergence(z, t, beta=beta) > 3e-9
+        assert known.sum() > 20
+        wanted = oracle.softmax_js_divergence(z, t, beta=beta, cotangent=np.ones(len(z)))
+        for g, w in zip(found, wanted, strict=True):
+            assert_close(g[known], w[known], 1e-6)
+
+
 @names
 def test_classes_far_from_the_other_distribution(name):
     """One side masks by -inf or the lowest number, the other by -1e9: the other classes keep their digits."""
