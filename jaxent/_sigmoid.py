@@ -64,7 +64,7 @@ def sigmoid_cross_entropy(
       0 * inf as 0, at infinite logits, so do the gradients of labels and options.
 
     Numerics:
-      Computed in float32 at least. Loss within 4 ulp, gradient within 2e-6 relative to its two terms, also at losses
+      Computed in float32 at least. Loss within 4 ulp, gradient within 1e-6 relative to its two terms, also at losses
       of 1e-30. Exact at z = +-inf: 0 for the right label, inf for the wrong one. L(z, 1) == L(-z, 0) bit for bit. An
       element with NaN logit or a bad label has NaN loss and NaN gradient, the others are clean; masked elements
       contribute exactly 0 to both. A mean over nothing is 0. A float label up to 16 ulp above 1, as sums of
