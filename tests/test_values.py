@@ -164,7 +164,7 @@ STEPS = (1e-4, 1e-2, 0.3, 1.0, 4.0, 8.0, 20.0)
 
 
 def divergence_tolerance(want, dtype):
-    """In float64 logits a step apart are known to eps: near 0 a divergence of size step^2 / 2 is known to eps / step."""
+    """In float64 a divergence of logits a step apart, step^2 / 2, has to be known to eps / step only."""
     return 1e-14 * want + 1e-14 * np.sqrt(want) if dtype == "float64" else 2e-6 * want
 
 
