@@ -23,7 +23,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.viewcode",
+    "sphinx.ext.viewcode",  # the source as pages: a link to a repository would ask for its address
     "sphinx_design",
 ]
 exclude_patterns = ["inventories"]

@@ -1,5 +1,5 @@
 """README.md and the pages in docs do what they say: their Python blocks run, page by page as in a notebook, and print
-the text that follows. docs/conf.py makes the same blocks the cells of the site.
+the text that follows. The build of the site (docs/_ext/blocks.py) says the same, and .ci/run has that on another jax.
 """
 
 import json
@@ -38,11 +38,8 @@ def test_there_are_blocks():
     }
 
 
-@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
-def test_blocks(page):
-    for package in NEEDS.get(page, []):
-        pytest.importorskip(package)
-    # in a process: what a reader who pastes it gets, with no flags of conftest.py
+def check(page):
+    """In a process: what a reader who pastes it gets, with no flags of conftest.py."""
     codes, texts = zip(*BLOCKS[page], strict=True)
     environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
     if "jax_num_cpu_devices" in PAGES[page]:  # which jax wants to know before the first block runs
@@ -52,6 +49,18 @@ def test_blocks(page):
     assert done.returncode == 0, done.stderr
     for i, (got, expected) in enumerate(zip(json.loads(done.stdout.splitlines()[-1]), texts, strict=True)):
         assert not expected or got.split() == expected.split(), f"block {i}"
+
+
+def test_readme():
+    check("README.md")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks and page != "README.md"])
+def test_page(page):
+    for package in NEEDS.get(page, []):
+        pytest.importorskip(package)
+    check(page)
 
 
 @pytest.mark.parametrize("page", PAGES)
