@@ -8,7 +8,7 @@ import os
 import re
 
 from docutils import nodes
-from jupyter_client.connect import ConnectionFileMixin
+from nbclient import NotebookClient
 from sphinx.util import logging
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.DOTALL | re.MULTILINE)
@@ -37,7 +37,7 @@ def compare(app, doctree):
 
 def setup(app):
     os.environ["JAX_PLATFORMS"] = "cpu"
-    ConnectionFileMixin.transport.default_value = "ipc"  # of a port each notebook would warn
+    NotebookClient.extra_arguments.default_args = (["--log-level=ERROR"],)  # each would warn of its port
     app.connect("source-read", as_cells)
     app.connect("doctree-read", compare, priority=100)
     return {"parallel_read_safe": True}
