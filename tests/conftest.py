@@ -57,7 +57,7 @@ EVERY_OTHER_ROW = {
 
 
 def pytest_collection_modifyitems(config, items):
-    """First what takes longest; and rows that are exhaustive, unless one is asked for. Those beside them: a sample."""
+    """First what takes longest; and rows that are exhaustive, but for one that is asked for."""
     items.sort(key=lambda item: item.path.name != "test_devices.py")
     if any("::" in argument for argument in config.args):
         return
@@ -70,10 +70,6 @@ def pytest_collection_modifyitems(config, items):
             rows[item.obj] += 1
             if (sum(place) + zlib.crc32(item.originalname.encode())) % 2:
                 item.add_marker(pytest.mark.exhaustive)
-    of_tables = {item.obj for item in items if item.get_closest_marker("exhaustive")}
-    for item in items:
-        if item.obj in of_tables and not item.get_closest_marker("exhaustive"):
-            item.add_marker(pytest.mark.sample)
 
 
 @pytest.fixture

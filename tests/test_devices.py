@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "devices"
+DAILY, EXHAUSTIVE = "not exhaustive", "exhaustive"
 
 
-@pytest.mark.parametrize(
-    "which", ["not exhaustive", pytest.param("not sample", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("which", [DAILY, pytest.param(EXHAUSTIVE, marks=pytest.mark.exhaustive)])
 def test_eight_devices(which):
     options = ["-q", "-n0", "-p", "no:cacheprovider", "-m", which]
     command = [sys.executable, "-m", "pytest", *options, str(FOLDER)]
