@@ -27,7 +27,7 @@ def as_cells(app, name, source):
 def compare(app, doctree):
     expected = app.env.temp_data.pop("expected", [])
     cells = [x for x in doctree.findall(nodes.container) if x.get("nb_element") == "cell_code"]
-    for cell, text in zip(cells, expected, strict=False):  # a page with cells of its own says nothing of them
+    for cell, text in zip(cells, expected, strict=True):
         printed = [
             x.astext() for x in cell.findall(nodes.container) if x.get("nb_element") == "cell_code_output"
         ]

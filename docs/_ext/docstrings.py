@@ -1,7 +1,7 @@
 """Docstrings as pages: they are written for a terminal, and become reStructuredText here.
 
 Sections are titles, arguments a list of definitions, an indented block is a formula, `x` and public names are code.
-tests/test_architecture.py holds the form.
+tests/test_docstrings.py holds the form.
 """
 
 import itertools
