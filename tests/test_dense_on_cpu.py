@@ -17,23 +17,26 @@ N = 24
 
 def maxima():
     """Around every change of the anchor, and far out."""
-    near = np.concatenate([np.linspace(-3, 3, 40), np.linspace(57, 63, 40), np.linspace(115, 125, 40)])
+    near = np.concatenate([np.linspace(-3, 3, 40), np.linspace(67, 88, 80), np.linspace(115, 145, 80)])
     far = np.geomspace(1e-3, 1e30, 120)
     return np.concatenate([near, far, -far]).astype(np.float32)
 
 
 def test_differences_from_the_anchor_are_exact():
-    """For what lies within 60 of the maximum; within 72, but for half a unit of 13."""
+    """For what lies within 70 of the maximum; within 86, down to where nothing is left, but for 2^-21."""
     rng = np.random.default_rng(0)
     m = maxima()[:, None]
-    below = np.concatenate([np.geomspace(1e-6, 72, 400), rng.uniform(0, 72, 400)]).astype(np.float32)
-    z = m - below
+    below = np.concatenate([np.geomspace(1e-6, 85.65, 400), rng.uniform(0, 85.65, 400)])
+    z = (np.float64(m) - below).astype(np.float32)  # with more digits than m
     c = np.asarray(dense_on_cpu.anchor(jnp.asarray(m)))
     assert (c - m == np.float64(c) - np.float64(m)).all()
     error = np.abs((z - c).astype(np.float64) - (np.float64(z) - np.float64(c)))
-    far = np.float64(m) - z > 60
-    assert (error[~far] == 0).all() and (error <= 0.5 * np.spacing(np.float32(13))).all()
-    assert (np.float64(z) - c <= 64).all()  # no exponential overflows, nor a sum of 2^24
+    far = np.float64(m) - z > 70
+    assert (error[~far] == 0).all() and (error <= 2.0**-21).all()
+    # no exponential overflows, nor a sum of them, nor the numbers that leave one out
+    reach, most = (np.float64(z) - c).max(), dense_on_cpu.MOST_CLASSES
+    assert np.exp(reach) * most < 2.0**127 and np.exp(reach) < dense_on_cpu.BEYOND[4]
+    assert np.isfinite(np.float32(dense_on_cpu.BEYOND[4]) * np.float32(most))
 
 
 def test_the_anchor_of_rows_without_an_answer():
@@ -177,7 +180,7 @@ def test_second_derivatives_of_what_is_kept(v):
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-25])
 @pytest.mark.parametrize("top", [20.0, 50, 80, 1e4])
 def test_small_cotangents_beside_large_logits(top, scale):
-    """The factor between an anchor and the maximum, up to exp(-60), times a cotangent would be flushed to 0."""
+    """The factor between an anchor and the maximum, up to exp(-71), times a cotangent would be flushed to 0."""
     z = np.zeros((1, 33), np.float32)
     z[0, :3] = top, top - 1, top - 3
     gradient = jax.jit(jax.grad(lambda z: scale * jaxent.softmax_cross_entropy(z, jnp.array([1])).sum()))(z)
@@ -207,6 +210,27 @@ def test_float64_keeps_its_digits_far_below_the_maximum():
     want = np.exp(z[0].astype(np.longdouble) - z[0, 0])[1:]
     np.testing.assert_allclose(loss, np.float64(want.sum()), rtol=1e-15)
     np.testing.assert_allclose(gradient[0, 1:3], np.float64(want[:2]), rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ties_of_any_size(dtype):
+    """Where numbers lie 128 or 1024 apart, an anchor below the maximum would be as far from it."""
+    largest = 2.0 ** np.arange(-20, 120 if dtype == "float32" else 1000)
+    with jax.enable_x64(dtype == "float64"):
+        z = jnp.asarray(np.tile(largest[:, None], 40), dtype)
+        loss = jax.jit(jaxent.softmax_cross_entropy)(z, np.zeros(len(z), int))
+    np.testing.assert_allclose(loss, np.log(40), rtol=1e-6)
+
+
+def test_differences_of_both_signs():
+    """A maximum above 70 and a logit below 0: what is left may be off by 2^-21, beside 1e-6."""
+    rng = np.random.default_rng(0)
+    m = rng.uniform(60, 90, 100_000).astype(np.float32)
+    z = np.stack([m, (m - rng.uniform(50, 85.6, m.size)).astype(np.float32)], -1)
+    loss, vjp = jax.vjp(jax.jit(lambda z: jaxent.softmax_cross_entropy(z, jnp.zeros(len(z), int))), z)
+    want = np.log1p(np.exp(z[:, 1].astype(np.longdouble) - z[:, 0]))
+    np.testing.assert_allclose(loss, np.float64(want), rtol=7e-7)
+    np.testing.assert_allclose(vjp(jnp.ones_like(m))[0][:, 1], np.float64(want), rtol=7e-7)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.0}])

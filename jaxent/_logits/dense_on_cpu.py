@@ -21,21 +21,22 @@ FEW_CLASSES = 16  # which are done one by one, in one loop over the rows
 MANY_CLASSES = 4096  # whose sums are taken in groups
 SMALL = 2**25  # bytes: logits of which it does not matter whether there is a second array as large
 MOST_CLASSES = 2**24  # that float32 can count
-# By bytes of the dtype: how far below the maximum an anchor may lie, and more than a sum of MOST_CLASSES exponentials
-# from it, of which MOST_CLASSES times as much is finite.
-REACH = {4: 60, 8: 600}
-BEYOND = {4: 2.0**100, 8: 2.0**900}
+# By bytes of the dtype: how far below the maximum an anchor may lie, and a power of two above all exponentials from it,
+# of which MOST_CLASSES times as much is finite.
+REACH = {4: 70, 8: 690}
+BEYOND = {4: 2.0**103, 8: 2.0**999}
 
 
 def anchor(m: Array) -> Array:
-    """c such that z - c has no rounding error that matters, for all z that matter (in float32): m - 72 < z <= m.
+    """c such that z - c has no rounding error that matters, for all z that matter (in float32): m - 86 < z <= m.
 
     exp(z - m) = exp(z - c) exp(c - m). The second difference is exact, and one per row. So is the first: c = 0 leaves
     z as it is. A whole number c has no digits that z lacks, so where |z - c| <= |z| it is exact: for m <= 0 with c the
-    next number towards 0, as z <= m <= c; for m > 60 with c = m - 60 or less, where z >= c. What lies below that c is
-    within 13 of it.
+    next number towards 0, as z <= m <= c; for m > 70 with c = m - 70 or less, where z >= c. What lies below that c is
+    within 16 of it, and so off by 2^-21 at most; where m > 172, z is above m / 2, and any c near it will do.
     """
-    c = jnp.trunc(jnp.minimum(m, jnp.maximum(m - REACH[m.dtype.itemsize], 0)))
+    reach = jnp.where(m < 2.0**24, REACH[m.dtype.itemsize], 0)  # beyond, m - 70 might be rounded to m - 128
+    c = jnp.trunc(jnp.minimum(m, jnp.maximum(m - reach, 0)))
     return jnp.where(jnp.isfinite(m), c, 0)
 
 
