@@ -31,7 +31,7 @@ DTYPES = {
 }
 # significant bits, exponent of the smallest normal number
 FORMATS = {"float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14), "float64": (53, -1022)}
-# below 4 of these a sum of exponentials may be 0 on a CPU (`anchor`); float16 is rounded from float32, and keeps it
+# below 4 of these an exponential, or a sum of them, may be 0 (`anchor`); float16 is rounded from float32, and keeps it
 FLUSHED = {"float32": 2.0**-124, "bfloat16": 2.0**-124, "float16": 0.0, "float64": 2.0**-1020}
 LOSS, LABEL, OTHERS = "loss", "gradient at the label", "gradient elsewhere"
 MIRRORED = "L(z, 1) != L(-z, 0)"
@@ -73,17 +73,19 @@ def spacing(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.ldexp(np.ones_like(x), np.maximum(exponent, least) - (digits - 1))
 
 
-def error(got: np.ndarray, want: np.ndarray, dtype: str, size: np.ndarray | None = None) -> Error:
+def error(
+    got: np.ndarray, want: np.ndarray, dtype: str, size: np.ndarray | None = None, lost: Any = 0
+) -> Error:
     """0 where both are NaN or the same infinity, or so small that `got` may be 0; infinite where one is special.
 
-    `size`: what `want` is a sum of, where it is one of both signs.
+    `size`: what `want` is a sum of, where it is one of both signs. `lost`: those of its terms that may be 0.
     """
     got = np.asarray(got).astype(want.dtype)
     special = ~(np.isfinite(got) & np.isfinite(want))
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     off = np.abs(np.where(special, 0, got) - np.where(special, 0, want))
     size = np.abs(np.where(special, 1, want if size is None else size))
-    off = np.where(special, np.where(same, 0, np.inf), off)
+    off = np.where(special, np.where(same, 0, np.inf), np.maximum(off - lost, 0))
     off = np.where((size < FLUSHED[dtype]) & (off < FLUSHED[dtype]), 0, off)
     return Error(off / spacing(size, dtype), off / np.maximum(size, 2.0 ** FORMATS[dtype][1]))
 
@@ -181,6 +183,7 @@ def loss_and_gradient(losses: Callable, z: jax.Array, *rest: jax.Array) -> tuple
 class Exact(NamedTuple):
     loss: np.ndarray
     gradient: np.ndarray
+    lost: Any = 0  # of the loss: the sum of the others' probabilities that may be 0
 
 
 def exact_cross_entropy(z: np.ndarray, labels: np.ndarray, dtype: str = "float32") -> Exact:
@@ -188,18 +191,23 @@ def exact_cross_entropy(z: np.ndarray, labels: np.ndarray, dtype: str = "float32
     soft = oracle.Softmax(z.astype(LD))
     at = labels[:, None]
     gradient = soft.p.copy()
+    np.put_along_axis(gradient, at, 0, -1)
+    lost = np.where(gradient < FLUSHED["float64" if dtype == "float64" else "float32"], gradient, 0).sum(-1)
     np.put_along_axis(gradient, at, -np.take_along_axis(soft.not_p, at, -1), -1)
-    exact = Exact(-np.take_along_axis(soft.log_p, at, -1)[:, 0], gradient)
+    exact = Exact(-np.take_along_axis(soft.log_p, at, -1)[:, 0], gradient, lost)
     return exact if dtype == "float64" else Exact(*(x.astype(np.float64) for x in exact))
 
 
 def of_softmax(loss: np.ndarray, gradient: np.ndarray, labels: np.ndarray, want: Exact) -> dict[str, Error]:
     at = labels[:, None]
-    e = error(gradient, want.gradient, gradient.dtype.name)
+    lost = np.zeros(gradient.shape, np.float64)
+    np.put_along_axis(lost, at, np.broadcast_to(want.lost, len(lost))[:, None], -1)
+    e = error(gradient, want.gradient, gradient.dtype.name, lost=lost)
     at_label = Error(*(np.take_along_axis(x, at, -1)[:, 0] for x in e))
     for x in e:
         np.put_along_axis(x, at, 0, -1)
-    return {LOSS: error(loss, want.loss, loss.dtype.name), LABEL: at_label, OTHERS: over_classes(e)}
+    loss = error(loss, want.loss, loss.dtype.name, lost=want.lost)
+    return {LOSS: loss, LABEL: at_label, OTHERS: over_classes(e)}
 
 
 def cross_entropy(jit: Jit, numbers: np.ndarray, dtype: str, **setting: Any) -> dict[str, Error]:
@@ -210,7 +218,12 @@ def cross_entropy(jit: Jit, numbers: np.ndarray, dtype: str, **setting: Any) -> 
 
 # Elementwise losses, by the bits of the logit.
 
-SIGMOID_LOSSES = {"cross-entropy": jaxent.sigmoid_cross_entropy, "focal": jaxent.sigmoid_focal_loss}
+SIGMOID_LOSSES = {
+    "cross-entropy": jaxent.sigmoid_cross_entropy,
+    "focal": jaxent.sigmoid_focal_loss,
+    "focal, gamma 5": functools.partial(jaxent.sigmoid_focal_loss, gamma=5.0),
+    "asymmetric": jaxent.sigmoid_asymmetric_loss,
+}
 
 
 class Half(NamedTuple):
@@ -221,7 +234,7 @@ class Half(NamedTuple):
 
 
 def exact_sigmoids(z: np.ndarray) -> dict[str, tuple[Half, Half]]:
-    """Of both losses, in float64: 2^29 times finer than what is measured."""
+    """Of each loss, in float64: 2^29 times finer than what is measured."""
     with np.errstate(all="ignore"):
         e = np.exp(-np.abs(z))
         large, small, tail = 1 / (1 + e), e / (1 + e), np.log1p(e)
@@ -229,8 +242,22 @@ def exact_sigmoids(z: np.ndarray) -> dict[str, tuple[Half, Half]]:
         p, q = np.where(up, large, small), np.where(up, small, large)
         a, b = tail + np.maximum(-z, 0), tail + np.maximum(z, 0)
         pa, qb = (np.where(x == 0, x, x * y) for x, y in ((p, a), (q, b)))
-        focal = Half(q * q * a, -q * q * (2 * pa + q)), Half(p * p * b, p * p * (2 * qb + p))
-        return {"cross-entropy": (Half(a, -q), Half(b, p)), "focal": focal}
+
+        def focal(gamma):
+            yes, no = q**gamma, p**gamma
+            yes_a, no_b = (np.where(x == 0, x, x * y) for x, y in ((yes, a), (no, b)))
+            return Half(yes_a, -yes * (gamma * pa + q)), Half(no_b, no * (gamma * qb + p))
+
+        u = np.maximum(p - 0.05, 0)
+        off = -np.log1p(-u)  # 1 - u is q + 0.05 where p is near 1
+        off = np.where(p > 0.5, -np.log(q + 0.05), off)
+        easy = Half(u**4 * off, p * q * u**3 * (4 * off + u / np.where(p > 0.5, q + 0.05, 1 - u)))
+        return {
+            "cross-entropy": (Half(a, -q), Half(b, p)),
+            "focal": focal(2),
+            "focal, gamma 5": focal(5),
+            "asymmetric": (focal(1)[0], easy),
+        }
 
 
 def with_label(label: float, yes: Half, no: Half) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -246,8 +273,11 @@ def sigmoid(jit: Jit, numbers: np.ndarray, dtype: str, loss: str, label: float) 
     z = numbers_as(numbers, dtype)
     labels, f = np.full(z.shape, label), (SIGMOID_LOSSES[loss],)
     got = run(jit, loss_and_gradient, f, dtype, z, labels)
-    errors = of_sigmoid(*got, *with_label(label, *exact_sigmoids(widened(z))[loss]))
-    if label in (0, 1):
+    wide = widened(z)
+    value, slope, size = with_label(label, *exact_sigmoids(wide)[loss])
+    lost = np.where(np.exp(-np.abs(wide)) < FLUSHED["float32"], size, 0) if loss == "asymmetric" else 0
+    errors = of_sigmoid(*got, value, slope, size, lost)
+    if label in (0, 1) and loss != "asymmetric":
         value, slope = run(jit, loss_and_gradient, f, dtype, -z, 1 - labels)
         same = [(a == b) | (np.isnan(a) & np.isnan(b)) for a, b in zip(got, (value, -slope), strict=True)]
         off = (~np.logical_and(*same)).astype(np.float64)
@@ -255,10 +285,11 @@ def sigmoid(jit: Jit, numbers: np.ndarray, dtype: str, loss: str, label: float) 
     return errors
 
 
-def of_sigmoid(loss, gradient, want, slope, size) -> dict[str, Error]:
+def of_sigmoid(loss, gradient, want, slope, size, lost=0) -> dict[str, Error]:
+    """`lost`: that much of the gradient is a multiple of exp(-|z|) that may be 0."""
     return {
         LOSS: error(loss, want, loss.dtype.name),
-        "gradient": error(gradient, slope, gradient.dtype.name, size),
+        "gradient": error(gradient, slope, gradient.dtype.name, size, lost),
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import jaxent
-from accuracy_cases import DTYPES, loss_and_gradient, run, widened
+from accuracy_cases import DTYPES, SIGMOID_LOSSES, loss_and_gradient, run, widened
 
 try:
     import torch
@@ -86,14 +86,13 @@ SIGMOID: dict[str, Contestant] = {
     LOG_SIGMOID: in_jax(positive(jax.nn.log_sigmoid)),
     NAIVE_SIGMOID: in_jax(positive(lambda z: jnp.log(jax.nn.sigmoid(z)))),
 }
-FOCAL: dict[str, Contestant] = {
-    JAXENT: in_jax(jaxent.sigmoid_focal_loss),
-    OPTAX: in_jax(functools.partial(optax.losses.sigmoid_focal_loss, gamma=2.0)),
-}
+ELEMENTWISE = {name: {JAXENT: in_jax(loss)} for name, loss in SIGMOID_LOSSES.items()}
+ELEMENTWISE["cross-entropy"] = SIGMOID
+for name, gamma in (("focal", 2.0), ("focal, gamma 5", 5.0)):
+    ELEMENTWISE[name][OPTAX] = in_jax(functools.partial(optax.losses.sigmoid_focal_loss, gamma=gamma))
 if torch is not None:
     functional = torch.nn.functional
     SOFTMAX[TORCH] = in_torch(functools.partial(functional.cross_entropy, reduction="none"))
     SIGMOID[TORCH] = in_torch(
         functools.partial(functional.binary_cross_entropy_with_logits, reduction="none")
     )
-ELEMENTWISE = {"cross-entropy": SIGMOID, "focal": FOCAL}

@@ -3,6 +3,7 @@
 A bound is the promise: tests/test_worst_cases.py holds the worst inputs that were found to it.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -30,6 +31,7 @@ from accuracy_cases import (
     normal,
     of_softmax,
     oracle,
+    over_classes,
     pairs_on_paper,
     rounded,
     run,
@@ -52,40 +54,116 @@ def by_norm(got: np.ndarray, want: np.ndarray, axis: Any = -1, more: Any = 0) ->
     """`more`: what the terms of the gradient are of, where these cancel."""
     size = np.sqrt(np.sum(want.astype(LD) ** 2, axis)) + more
     off = np.sqrt(np.sum((got.astype(LD) - want) ** 2, axis))
-    return plain(np.where(size < 1e-35, 0, off / np.where(size == 0, 1, size)))
+    return plain(np.where(size < 1e-30, 0, off / np.where(size == 0, 1, size)))
 
 
 # Divergences.
 
 
 def divergence(
-    jit: Jit, numbers: np.ndarray, beta: float, step: float, shift: float = 0.0
+    jit: Jit,
+    numbers: np.ndarray,
+    classes: int,
+    beta: float,
+    step: float,
+    scale: float = 2.0,
+    temperature: float = 1.0,
+    shift: float = 0.0,
 ) -> dict[str, Error]:
     """Beta 0 is KL, by its own name. Gradients beside their norm and the value: a row that is sure of a class has the
-    difference of the others' small ones there.
+    difference of the others' small ones there. Nothing is asked of what is below 1e-30.
     """
-    z = rounded(2 * normal(numbers, 12), F32)
-    t = rounded(z + step * normal(numbers, 12, 1) + shift, F32)
-    value, dz, dt = run(jit, divergence_and_gradients, (beta,), F32, z, t)
-    want = oracle.softmax_js_divergence(z, t, beta=beta)
-    wanted = oracle.softmax_js_divergence(z, t, beta=beta, cotangent=np.ones(len(z)))
+    z = rounded(scale * normal(numbers, classes), F32)
+    t = rounded(z + step * normal(numbers, classes, 1) + shift, F32)
+    value, dz, dt = run(jit, divergence_and_gradients, (beta, temperature), F32, z, t)
+    options = {"beta": beta, "temperature": temperature}
+    want = oracle.softmax_js_divergence(z, t, **options)
+    wanted = oracle.softmax_js_divergence(z, t, cotangent=np.ones(len(z)), **options)
     sizes = np.where((shift != 0) & (want < 3e-9), np.inf, want)
     return {
-        "value": error(value, want, F32),
+        "value": plain(np.where(want < 1e-30, 0, error(value, want, F32).relative)),
         "below 0": plain(value < 0),
         "gradient": by_norm(dz, wanted.logits, more=sizes),
         "target's gradient": by_norm(dt, wanted.labels, more=sizes),
     }
 
 
-def divergence_and_gradients(beta: float, z: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
+def divergence_and_gradients(
+    beta: float, temperature: float, z: jax.Array, t: jax.Array
+) -> tuple[jax.Array, ...]:
     def f(z, t):
         if beta == 0:
-            return jaxent.softmax_kl_divergence(z, t)
-        return jaxent.softmax_js_divergence(z, t, beta=beta)
+            return jaxent.softmax_kl_divergence(z, t, temperature=temperature)
+        return jaxent.softmax_js_divergence(z, t, beta=beta, temperature=temperature)
 
     value, vjp = jax.vjp(f, z, t)
     return value, *vjp(jnp.ones_like(value))
+
+
+# Other losses of logits.
+
+LOSSES = {
+    "softmax_focal_loss": (jaxent.softmax_focal_loss, oracle.softmax_focal_loss, {}),
+    "softmax_poly_loss": (jaxent.softmax_poly_loss, oracle.softmax_poly_loss, {}),
+    "label_smoothing": (
+        jaxent.softmax_cross_entropy,
+        oracle.softmax_cross_entropy,
+        {"label_smoothing": 0.1},
+    ),
+    "z_loss": (jaxent.softmax_cross_entropy, oracle.softmax_cross_entropy, {"z_loss": 1e-4}),
+}
+
+
+def other_loss(jit: Jit, numbers: np.ndarray, loss: str, **setting: Any) -> dict[str, Error]:
+    """Gradients beside the row's largest term. Nothing is asked of what is below 1e-30."""
+    z, labels = logits_and_labels(numbers, dtype=F32, **setting)
+    _, on_paper, options = LOSSES[loss]
+    value, gradient = run(jit, loss_and_gradient, (bound(loss),), F32, z, labels)
+    want = on_paper(z, labels, **options)
+    slope = on_paper(z, labels, cotangent=np.ones(len(z)), **options).logits
+    size = np.maximum(
+        np.abs(slope).max(-1), 1 if options else 0
+    )  # p - q, which are about 1, if the label's q is
+    off = np.abs(gradient - slope).max(-1) / np.maximum(size, 1e-30)
+    return {
+        LOSS: plain(np.where(want < 1e-30, 0, error(value, want, F32).relative)),
+        "gradient": plain(np.where(size < 1e-30, 0, off)),
+    }
+
+
+@functools.cache
+def bound(loss: str) -> Any:
+    f, _, options = LOSSES[loss]
+    return functools.partial(f, **options)
+
+
+def entropy(jit: Jit, numbers: np.ndarray, **setting: Any) -> dict[str, Error]:
+    """The gradient beside its norm and the value: it is 0 where classes are tied."""
+    z, _ = logits_and_labels(numbers, dtype=F32, **setting)
+    value, gradient = run(jit, loss_and_gradient, (jaxent.softmax_entropy,), F32, z)
+    want, slope = oracle.softmax_entropy(z), oracle.softmax_entropy(z, cotangent=np.ones(len(z))).logits
+    return {
+        "value": plain(np.where(want < 1e-30, 0, error(value, want, F32).relative)),
+        "gradient": by_norm(gradient, slope, more=want),
+    }
+
+
+def of_probabilities(jit: Jit, numbers: np.ndarray, loss: str) -> dict[str, Error]:
+    """-log p and -log(1 - p) of float32 numbers, which are what they are."""
+    p = uniform(numbers, 8) ** np.repeat([1, 8], 4)
+    p = rounded(np.clip(p, 1e-30, 1 - 2.0**-24), F32)
+    labels = (bits(numbers, 1, 1)[:, 0] % np.uint64(8)).astype(np.int32)
+    if loss == "categorical_cross_entropy":
+        value, gradient = run(jit, loss_and_gradient, (jaxent.categorical_cross_entropy,), F32, p, labels)
+        hit = np.arange(8) == labels[:, None]
+        want = -np.log(np.take_along_axis(p, labels[:, None], -1)[:, 0])
+        slope = np.where(hit, -1 / p, 0)
+    else:
+        y = (bits(numbers, 8, 1) % np.uint64(2)).astype(np.float64)
+        value, gradient = run(jit, loss_and_gradient, (jaxent.binary_cross_entropy,), F32, p, y)
+        want, slope = np.where(y == 1, -np.log(p), -np.log1p(-p)), np.where(y == 1, -1 / p, 1 / (1 - p))
+    off = (x.reshape(len(numbers), -1).max(-1) for x in error(value, want, F32))
+    return {LOSS: Error(*off), "gradient": over_classes(error(gradient, slope, F32))}
 
 
 # A few classes of each row.
@@ -280,7 +358,15 @@ ROWS = tuple(
     for scale, margin in [(x, None) for x in SCALES] + [(3.0, x) for x in MARGINS]
     for offset in OFFSETS
 )
+# Where the numbers end; around an anchor's last 0, with logits of both signs (`dense_on_cpu.anchor`).
+ENDS = tuple(
+    {"scale": scale, "offset": offset, "margin": margin}
+    for scale, margin in [(3.0, 74.0), (3.0, 78.0), (3.0, 82.0), (30.0, 80.0), (30.0, None)]
+    for offset in (-12.0, -4.0, 0.0, 6.0, 70.0)
+)
 TWO_CLASS_OFFSETS = (0.0, 1.0, -1.0, 100.0, -100.0, 9984.0, -9984.0, 2.0**100)  # bfloat16
+FEW_AND_MANY = (2, 3, 12, 300)
+ALL_ROWS = {"scale": [0.1, 3.0, 30.0], "offset": OFFSETS, "margin": (None, 4.0, 18.0, 60.0)}
 BETAS = (1e-20, 1e-12, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-6, 1 - 1e-9, 1.0)
 STEPS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 4.0, 10.0)
 SHIFTS = (10.0, -37.3, 100.0, 1e4)
@@ -302,29 +388,36 @@ def ulp(bound: float) -> Promise:
 
 
 def softmax_case(dtype: str, loss: Promise, gradient: Promise, most: tuple = ()) -> Case:
-    rows = [(v, x) for v in CLASSES for x in ROWS] + [(v, x) for v in most for x in ROWS[:: len(OFFSETS) + 1]]
+    rows = [(v, x) for v in CLASSES for x in ROWS + ENDS]
+    rows += [(v, x) for v in most for x in ROWS[:: len(OFFSETS) + 1]]
     settings = tuple({"dtype": dtype, "classes": v, **x} for v, x in rows)
     return Case(cross_entropy, {LOSS: loss, LABEL: gradient, OTHERS: gradient}, settings)
 
 
-def divergence_case(bound: float, **lists: Any) -> Case:
-    promises = {"value": relative(bound), "below 0": ZERO}
-    promises |= {"gradient": relative(bound), "target's gradient": relative(bound)}
+def divergence_case(**lists: Any) -> Case:
+    promises = {"value": relative(2e-6), "below 0": ZERO}
+    promises |= {"gradient": relative(1e-6), "target's gradient": relative(1e-6)}
     return Case(divergence, promises, table(**lists), rows=4000)
 
 
-def sigmoid_case(loss: str, dtype: str, bound: float) -> Case:
-    gradient = relative(1e-6) if dtype == F32 else ulp(ROUNDED)
+def sigmoid_case(loss: str, dtype: str, of_loss: Promise, of_gradient: Promise) -> Case:
+    gradient = of_gradient if dtype == F32 else ulp(ROUNDED)
+    mirrored = {} if loss == "asymmetric" else {MIRRORED: ZERO}
     return Case(
         sigmoid,
-        {LOSS: ulp(bound), "gradient": gradient, MIRRORED: ZERO},
+        {LOSS: of_loss, "gradient": gradient} | mirrored,
         table(dtype=[dtype], loss=[loss], label=[0.0, 1.0, 0.25]),
     )
 
 
 EXHAUSTIVE = {
-    f"sigmoid {loss}, {dtype}": sigmoid_case(loss, dtype, bound)
-    for loss, bound in (("cross-entropy", 4), ("focal", 10))
+    f"sigmoid {loss}, {dtype}": sigmoid_case(loss, dtype, *promises)
+    for loss, promises in {
+        "cross-entropy": (ulp(4), relative(1e-6)),
+        "focal": (ulp(10), relative(1e-6)),
+        "focal, gamma 5": (relative(2e-6), relative(2e-6)),
+        "asymmetric": (relative(4e-6), relative(4e-6)),
+    }.items()
     for dtype in ("float32", "bfloat16", "float16")
 }
 EXHAUSTIVE["two classes, bfloat16"] = Case(
@@ -337,9 +430,34 @@ SEARCHED = {
     "softmax_cross_entropy, bfloat16": softmax_case("bfloat16", relative(1e-6), ulp(ROUNDED)),
     "softmax_cross_entropy, float16": softmax_case("float16", relative(1e-6), ulp(ROUNDED)),
     "softmax_cross_entropy, float64": softmax_case("float64", relative(1e-14), relative(1e-14)),
-    "KL": divergence_case(1e-6, beta=[0.0], step=STEPS),
-    "JS": divergence_case(1e-6, beta=BETAS, step=STEPS),
-    "KL and JS, one shifted": divergence_case(1e-6, beta=[0.0, 0.5, 1.0], step=STEPS[:5], shift=SHIFTS),
+    "KL": divergence_case(classes=FEW_AND_MANY, beta=[0.0], step=STEPS, scale=[0.3, 2.0, 5.0]),
+    "JS": divergence_case(classes=FEW_AND_MANY, beta=BETAS, step=STEPS, scale=[0.3, 2.0, 5.0]),
+    "KL and JS, temperature 3": divergence_case(
+        classes=FEW_AND_MANY, beta=[0.0, 0.5, 1.0], step=STEPS, temperature=[3.0]
+    ),
+    "KL and JS, one shifted": divergence_case(
+        classes=[2, 12], beta=[0.0, 0.5, 1.0], step=STEPS[:5], shift=SHIFTS
+    ),
+    "softmax_entropy": Case(
+        entropy,
+        {"value": relative(1e-6), "gradient": relative(2e-6)},
+        table(classes=FEW_AND_MANY, **ALL_ROWS),
+    ),
+    "softmax_focal_loss": Case(
+        other_loss,
+        {LOSS: relative(2e-6), "gradient": relative(2e-6)},
+        table(loss=["softmax_focal_loss"], classes=FEW_AND_MANY, **ALL_ROWS),
+    ),
+    "softmax_poly_loss, label_smoothing, z_loss": Case(
+        other_loss,
+        {LOSS: relative(1e-6), "gradient": relative(1e-6)},
+        table(loss=["softmax_poly_loss", "label_smoothing", "z_loss"], classes=FEW_AND_MANY, **ALL_ROWS),
+    ),
+    "losses of probabilities": Case(
+        of_probabilities,
+        {LOSS: ulp(4), "gradient": ulp(4)},
+        table(loss=["categorical_cross_entropy", "binary_cross_entropy"]),
+    ),
     "other_log_prob": Case(
         others,
         {"value": ulp(6), "gradient": relative(1e-6)},

@@ -232,7 +232,7 @@ def softmax_contrastive_loss(
         other. Or `[M]`, hard negatives too. -1 is an id like any.
       where: bool `[N]`; a False pair is gone, from the negatives too, even if it holds NaN.
       weights: real `[N]`, a factor of the pair's loss; one of weight 0 is still a negative of others.
-      reduction: "none" (one loss per pair), "sum" or "mean".
+      reduction: "none" (one loss per pair), "sum" or "mean", which is the default here.
       batch_axis_name: of a mapped axis (shard_map, pmap; vmap if differentiated inside) along which the pairs are
         split: the negatives are those of all devices. Each has its rows of x, and of y first their partners, then
         hard negatives.
@@ -270,7 +270,7 @@ def softmax_contrastive_loss(
     Source:
       van den Oord et al. 2018 (InfoNCE); Radford et al. 2021 (CLIP). Tiles and a ring: Cheng et al. 2024, "Breaking
       the memory barrier: near infinite batch size scaling for contrastive loss". NT-Xent (SimCLR) by `ids`:
-      docs/migration.md.
+      docs/from_optax.md.
     """
     function = "softmax_contrastive_loss"
     is_bool = isinstance(symmetric, bool | np.bool_)
@@ -315,7 +315,7 @@ def sigmoid_contrastive_loss(
       ids: integers `[N]` or `[M]`; this and all that follow are as in `softmax_contrastive_loss`.
       where: bool `[N]`.
       weights: real `[N]`, of the questions about row i of x.
-      reduction: "none", "sum" or "mean", over the rows of x.
+      reduction: "none", "sum" or "mean", which is the default here, over the rows of x.
       batch_axis_name: of a mapped axis along which the pairs are split.
       block_bytes: > 0, about how much memory a tile may take; None: 1 MiB on a CPU, 128 MiB on accelerators.
 

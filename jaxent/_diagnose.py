@@ -34,7 +34,7 @@ _ONE_HOT_ROWS = 4  # fewer rows with exactly one positive are chance, not a sign
 
 # What can be found, in the order of the report.
 _Name = Literal[
-    "shapes",
+    "shapes", "swapped",
     "integer-scores", "nan", "softmax-twice", "not-probabilities", "saturated-probabilities", "one-class",
     "one-hot-rows", "float-indices", "label-values", "integer-one-hot", "one-based", "labels-out-of-range",
     "multi-hot", "not-a-distribution",
@@ -201,6 +201,10 @@ def _findings(case: _Case) -> Iterator[Finding]:
     """All of them: on the shapes, on the scores, and on the labels as what their shape says they are."""
     if case.chosen is None:
         yield from _shapes(case)
+    if _are_swapped(case):
+        seen = f"labels came first ({case.x.dtype}, {_span(case.x)}) and scores second ({_span(case.y)})"
+        yield Finding("swapped", seen, f"jaxent.{case.loss}(labels, {case.argument})")
+        return
     yield from _scores(case)
     if case.chosen is not None:
         yield from _few_classes(case, case.chosen)
@@ -235,13 +239,20 @@ def _shapes(case: _Case) -> Iterator[Finding]:
     yield Finding("shapes", f"{case.argument} {shape} {seen}", fix)
 
 
+def _are_swapped(case: _Case) -> bool:
+    """Labels came first: integers, or answers that are floats where logits are wanted, which have either sign."""
+    x, y = case.x, case.y
+    if case.chosen is not None or not x.size or not _is_float(y) or not _outside(y).any():
+        return False
+    answers = np.isin(x, (0, 1)).all() if case.elementwise else _sums_to_one(x)
+    floats = case.argument == "logits" and x.shape == y.shape and bool(answers and (y < 0).any())
+    return floats or not _is_float(x)
+
+
 def _scores(case: _Case) -> Iterator[Finding]:
     """The first argument, whatever the labels are."""
-    x, y, name = case.x, case.y, case.argument
-    if not _is_float(x) and _is_float(y) and _outside(y).any():
-        fix = f"jaxent.{case.loss}(labels, logits)  # swapped"
-        yield Finding("integer-scores", "integers came first and scores second", fix)
-    elif not _is_float(x):
+    x, name = case.x, case.argument
+    if not _is_float(x):
         seen = f"{name} are {x.dtype}: predicted classes or rounded scores, which have no gradient"
         yield Finding("integer-scores", seen, case.call(note="what the last layer gives, before any argmax"))
     bad = np.isnan(x) | (x == np.inf)

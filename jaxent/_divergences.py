@@ -148,7 +148,7 @@ def softmax_kl_divergence(
 
     Numerics:
       In float32 (float64 for float64). With d = log(q / p), taken from differences of logits, the loss is sum_j q_j
-      (d_j + expm1(-d_j)), each term >= 0: about 1e-6 relative down to a divergence of 4e-9, where the naive form is
+      (d_j + expm1(-d_j)), each term >= 0: within 2e-6 relative down to a divergence of 4e-9, where the naive form is
       off by more than its value; also where all logits of one of both are shifted. A class with p = 0 < q gives +inf;
       q = 0 gives 0. A temperature in an array that is not positive and finite gives NaN.
 

@@ -56,7 +56,7 @@ def softmax_loss(
       class_mask: bool `[V]` or the shape of `logits`; False takes a class out of the softmax.
       classes: integers `[..., K]` in [0, V) or -1, chosen classes of each row: `fn` sees `class_log_probs` `[K]`
         and `other_log_prob`, which are those of `softmax_statistics`.
-      reduction: "none", "sum" or "mean".
+      reduction: "none", "sum" or "mean", which is the default here.
       has_aux: whether `fn` returns `(loss, aux)`, aux a pytree of arrays: metrics from the same pass.
       class_axis_name: of a mapped axis along which the classes are split.
       batch_axis_name: of a mapped axis along which the rows are split.

@@ -42,8 +42,10 @@ def categorical_cross_entropy(
 ) -> Array:
     """Cross-entropy of mutually exclusive classes from probabilities. Prefer logits: `softmax_cross_entropy`.
 
-    loss = -log p[label], or -sum_j q_j log p_j for a distribution q; 0 log 0 = 0; "mean" is
-    sum(where w loss) / sum(where w) over rows.
+        loss = -log p[label]           labels: class indices
+        loss = -sum_j q_j log p_j      labels: a distribution q
+
+    0 log 0 = 0. "mean" is sum(where w loss) / sum(where w) over rows.
 
     Args:
       probs: `[..., V]`, floating point in [0, 1]. That a row sums to 1 is not checked.
@@ -113,7 +115,9 @@ def binary_cross_entropy(
 ) -> Array:
     """Cross-entropy of independent yes/no classes from probabilities. Prefer logits: `sigmoid_cross_entropy`.
 
-    loss = -y log p - (1 - y) log(1 - p), elementwise; 0 log 0 = 0; "mean" is sum(where w loss) / sum(where w).
+        loss = -y log p - (1 - y) log(1 - p)
+
+    Elementwise; 0 log 0 = 0. "mean" is sum(where w loss) / sum(where w).
 
     Args:
       probs: `[...]`, floating point in [0, 1].
@@ -183,8 +187,10 @@ def nll_loss(
 ) -> Array:
     """Negative log-likelihood from log-probabilities (a `log_softmax`, a CRF, a flow).
 
-    loss = -cw[label] log_probs[label], or -sum_j cw_j q_j log_probs_j for a distribution q; "mean" is
-    sum(where w loss) / sum(where w cw[label]) over rows, for a distribution / sum(where w).
+        loss = -cw[label] log_probs[label]       labels: class indices
+        loss = -sum_j cw_j q_j log_probs_j       labels: a distribution q
+
+    "mean" is sum(where w loss) / sum(where w cw[label]) over rows, for a distribution / sum(where w).
 
     Args:
       log_probs: `[..., V]`, floating point. Values above 0 (densities) are taken as they are.
@@ -259,9 +265,12 @@ def kl_divergence(
 ) -> Array:
     """KL(target || model) from log-probabilities of the model. From logits: `softmax_kl_divergence`.
 
-    loss = sum_j q_j (log q_j - log_probs_j) with q = target_probs; 0 log 0 = 0. Of measures, which need not sum to
-    1, the generalized one: sum_j q_j (log q_j - log_probs_j) - q_j + exp(log_probs_j). "mean" is
-    sum(where w loss) / sum(where w) over rows, not over elements.
+    With q = target_probs; generalized of measures, which need not sum to 1:
+
+        loss = sum_j q_j (log q_j - log_probs_j)
+        loss = sum_j q_j (log q_j - log_probs_j) - q_j + exp(log_probs_j)       generalized
+
+    0 log 0 = 0. "mean" is sum(where w loss) / sum(where w) over rows, not over elements.
 
     Args:
       log_probs: `[..., V]`, floating point.

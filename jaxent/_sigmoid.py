@@ -38,7 +38,10 @@ def sigmoid_cross_entropy(
 ) -> Array:
     """Cross-entropy of independent yes/no classes, elementwise (multi-label, or one logit for two classes).
 
-    loss = pos_weight y' (-log σ(z)) + (1 - y') (-log σ(-z)) with y' = (1 - a) y + a/2, a = label_smoothing;
+    With y' = (1 - a) y + a/2, a = label_smoothing:
+
+        loss = pos_weight y' (-log σ(z)) + (1 - y') (-log σ(-z))
+
     "mean" is sum(where w loss) / sum(where w) over all elements.
 
     Args:
@@ -112,8 +115,11 @@ def sigmoid_focal_loss(
 ) -> Array:
     """Focal loss of independent yes/no classes: easy elements are turned down by (1 - p)^gamma.
 
-    loss = alpha pos_weight y' (1 - p)^gamma (-log p) + (1 - alpha) (1 - y') p^gamma (-log(1 - p)), p = σ(z),
-    y' = (1 - a) y + a/2; without alpha both factors are 1. "mean" is sum(where w loss) / sum(where w).
+    With p = σ(z), y' = (1 - a) y + a/2, a = label_smoothing:
+
+        loss = alpha pos_weight y' (1 - p)^gamma (-log p) + (1 - alpha) (1 - y') p^gamma (-log(1 - p))
+
+    Without alpha both its factors are 1. "mean" is sum(where w loss) / sum(where w).
 
     Args:
       logits: `[...]`, floating point.
@@ -181,8 +187,11 @@ def sigmoid_asymmetric_loss(
 ) -> Array:
     """Asymmetric loss for multi-label problems with many negatives: easy negatives are turned down, then off.
 
-    loss = pos_weight y' (1 - p)^gamma_positive (-log p) + (1 - y') u^gamma_negative (-log(1 - u)), p = σ(z),
-    u = max(p - clip, 0), y' = (1 - a) y + a/2; "mean" is sum(where w loss) / sum(where w).
+    With p = σ(z), u = max(p - clip, 0), y' = (1 - a) y + a/2, a = label_smoothing:
+
+        loss = pos_weight y' (1 - p)^gamma_positive (-log p) + (1 - y') u^gamma_negative (-log(1 - u))
+
+    "mean" is sum(where w loss) / sum(where w).
 
     Args:
       logits: `[...]`, floating point.

@@ -15,6 +15,7 @@ import pytest
 
 import jaxent
 from test_architecture import CLASSES, FUNCTIONS, PUBLIC
+from test_readme import PAGES
 
 LOSSES = [name for name in FUNCTIONS if "reduction" in inspect.signature(getattr(jaxent, name)).parameters]
 
@@ -125,7 +126,8 @@ def test_one_line_then_the_sections_in_their_order(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_formula_comes_with_mask_and_denominator(name):
     formula = " ".join(sections(name)[""].split())
-    assert "=" in formula
+    lines = sections(name)[""].splitlines()
+    assert any(line.startswith("    ") and " = " in line for line in lines), "on a line of its own"
     assert re.search(r"/ sum\((where|weights)|mean divides as there", formula), "what a mean divides by"
     assert re.search(r"that count|\(where w|mean divides as there", formula), "which rows it is of"
 
@@ -194,6 +196,12 @@ def test_what_another_page_says_stands_there(name):
                 theirs = sections(other)[title].strip()
                 assert not re.fullmatch(r"As `\w+`\.", theirs), f"{title} of {other}"
                 assert f"As `{name}`" not in theirs, "in a circle"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_pages_it_leads_to_speak_of_it(name):
+    for page in re.findall(r"docs/(\w+\.md)", inspect.getdoc(getattr(jaxent, name))):
+        assert name in PAGES[page] or page == "architecture.md"
 
 
 @pytest.mark.parametrize("name", WITH_ARGS)

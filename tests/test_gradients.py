@@ -50,11 +50,11 @@ def allowed(case, dtype, want, roundings=1):
     """How far an entry of a gradient may be off, from any source of logits."""
     size, row = np.abs(want), row_size(want, case.axis)
     if dtype == "float64":
-        return 1e-14 * row
+        return 1e-14 * (size if case in ELEMENTWISE else row)
     if dtype == "float32":
         if case in ELEMENTWISE:
             return 1e-6 * size + FLUSHED
-        return (np.minimum(8e-6 * size, 2e-6 * row) if case.gap else 2e-6 * row) + FLUSHED
+        return (np.minimum(2e-6 * size, 2e-6 * row) if case.gap else 2e-6 * row) + FLUSHED
     float32_error = 1e-6 * size + (0 if case in ELEMENTWISE else 2e-6 * row)
     return roundings * harness.spacing(want, dtype) / 2 + float32_error
 

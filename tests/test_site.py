@@ -129,6 +129,30 @@ def test_decision(tab, width):
     assert tab.url.endswith("api/jaxent.softmax_cross_entropy.html")
 
 
+def test_every_way_through_the_decision_ends_in_a_call(tab):
+    """By clicks: all sections are reached, and what asks nothing more has code and the page of its function."""
+    tab.goto("which_loss.html")
+    start = tab.locator("article section section").first.get_attribute("id")
+    ways, seen = [[start]], {start}
+    while ways:
+        way = ways.pop()
+        tab.goto("which_loss.html")
+        for place in way[1:]:
+            tab.locator(f'article a.reference[href="#{place}"]:visible').first.click()
+        assert tab.locator("article section section:visible").get_attribute("id") == way[-1]
+        links = [link.get_attribute("href") for link in tab.locator("article a.reference:visible").all()]
+        onward = {link[1:] for link in links if link.startswith("#")} - {start}
+        code = tab.locator("article .highlight:visible").all_inner_texts()
+        assert onward or code, way
+        if code:
+            assert any("jaxent." in text for text in code), way
+            assert any(link.startswith("api/jaxent.") for link in links), way
+        ways += [[*way, place] for place in sorted(onward - seen)]
+        seen |= onward
+    tab.goto("which_loss.html")
+    assert seen == {x.get_attribute("id") for x in tab.locator("article section section").all()}
+
+
 def test_from_torch_in_two_clicks(tab):
     """cross_entropy(weight=w, label_smoothing=0.1), whose ignore_index is -100: the call, and its page."""
     tab.goto("index.html")

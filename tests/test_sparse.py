@@ -104,7 +104,7 @@ def test_is_the_dense_distribution(loss, option, source, number):
     (value, dz, dp), (want, want_dz, want_dp), classes = both_ways(
         loss, source, number, OPTIONS[option], logits()
     )
-    np.testing.assert_allclose(value, want, rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
     np.testing.assert_allclose(dz, want_dz, rtol=2e-6, atol=1e-6)
     # what is no class has no derivative; the dense form has none by what is not summed up
     np.testing.assert_allclose(dp, want_dp, rtol=1e-5, atol=1e-6)
@@ -140,8 +140,8 @@ def test_one_class_is_the_label(loss, source):
 
     z, label = jnp.asarray(z, jnp.float32), jnp.asarray(label)
     found, want = run(z, SparseDistribution(label[:, None], jnp.ones((N, 1)))), run(z, label)
-    np.testing.assert_allclose(found[0], want[0], rtol=3e-6)
-    np.testing.assert_allclose(found[1], want[1], rtol=6e-6, atol=1e-38)
+    np.testing.assert_allclose(found[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], want[1], rtol=1e-6, atol=1e-38)
 
 
 @spread(2, "loss, source", LOSSES, SOURCES)

@@ -35,15 +35,15 @@ def both(case, dtype, quick):
     return got, want
 
 
-def allowed(case, dtype, want):
-    """How far a loss may be off, from any source of logits."""
+def allowed(case, dtype, want, lost=0):
+    """How far a loss may be off, from any source of logits. `lost`: those of its terms that may be 0."""
     size = np.abs(want)
     if dtype != "float32":
         return size * (1e-14 if dtype == "float64" else 1e-6)
     if case in cases.PLAIN:
         return 4 * harness.spacing(want, "float32")
     if case in cases.CONFIDENT:
-        return 1e-6 * size
+        return 1e-6 * size + lost
     return 1e-6 * size + TINY  # a few more roundings than the plain loss has
 
 
@@ -128,7 +128,7 @@ def check_statistics(case, dtype, source):
     got = harness.value("softmax_statistics", built.logits, built.labels, **options)
     got = vars(got)
     where = built.options.get("where", np.ones(want.entropy.shape, bool))
-    rtol = 1e-14 if dtype == "float64" else 8e-6 if case.gap else 1e-6
+    rtol = 1e-14 if dtype == "float64" else 1e-6
     for name in ("log_prob", "entropy", "mean_log_prob"):
         harness.assert_within(got[name], getattr(want, name), rtol * np.abs(getattr(want, name)), name)
     # log-sum-exp has the rounding of the largest logit
@@ -191,14 +191,14 @@ def test_divergences_of_a_flat_and_a_sharp_distribution(name):
     z = z.astype(np.float32).astype(np.float64)
     for inputs in ((z, z * 0), (z * 0, z), (z, -z)):
         want = MEASURES[name](*inputs)
-        harness.assert_within(harness.value(name, *inputs), want, 3e-6 * want)
+        harness.assert_within(harness.value(name, *inputs), want, 2e-6 * want)
 
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_divergences_of_many_classes(name):
     _, z, t = cases.pair(0.5, rows=5, classes=5003)
     want = MEASURES[name](z, t)
-    harness.assert_within(harness.value(name, z, t), want, 3e-6 * want)
+    harness.assert_within(harness.value(name, z, t), want, 2e-6 * want)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -210,7 +210,7 @@ def test_divergences_of_confident_rows(name):
         [[14.0, -1.0, 0.25, 0.0], [42.0, -1.0, 0.5, 2.0], [0.0, 30.0, 0.0, 0.0], [60.0, 0.0, 0.0, 1.0]]
     )
     want = MEASURES[name](z, t)
-    harness.assert_within(harness.value(name, z, t), want, 1e-5 * want)
+    harness.assert_within(harness.value(name, z, t), want, 2e-6 * want)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -225,9 +225,9 @@ def test_divergences_with_masks(name):
     for reduction in ("none", "mean"):
         want = MEASURES[name](z, t, reduction=reduction, **options)
         got = harness.value(name, z, t, reduction=reduction, quick=reduction == "mean", **options)
-        harness.assert_within(got, want, 3e-6 * want)
+        harness.assert_within(got, want, 2e-6 * want)
     want = MEASURES[name](z.T, t.T, axis=0)
-    harness.assert_within(harness.value(name, z.T, t.T, axis=0, quick=True), want, 3e-6 * want)
+    harness.assert_within(harness.value(name, z.T, t.T, axis=0, quick=True), want, 2e-6 * want)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -236,7 +236,7 @@ def test_entropy(dtype):
     for case in (cases.Case("ordinary", (30,), 9), cases.Case("confident", (30,), 300, scale=1, gap=60)):
         z = case.build(dtype).logits
         options = {"where": rng.uniform(size=30) < 0.7, "weights": cases.rounded(rng.uniform(0, 2, size=30))}
-        rtol = 1e-14 if dtype == "float64" else 8e-6 if case.gap else 1e-6
+        rtol = 1e-14 if dtype == "float64" else 1e-6
         for reduction in ("none", "mean"):
             want = oracle.softmax_entropy(z, reduction=reduction, **options)
             how = {"dtype": dtype, "quick": quick(dtype), "reduction": reduction}

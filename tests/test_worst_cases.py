@@ -75,6 +75,8 @@ def test_every_promise_has_its_worst_input():
 
 @pytest.mark.parametrize("loss, oracle", [
     ("cross-entropy", oracle_elementwise.sigmoid_loss), ("focal", oracle_elementwise.sigmoid_focal_loss),
+    ("focal, gamma 5", functools.partial(oracle_elementwise.sigmoid_focal_loss, gamma=5.0)),
+    ("asymmetric", oracle_elementwise.sigmoid_asymmetric_loss),
 ])  # fmt: skip
 def test_the_reference_of_all_inputs(loss, oracle):
     """In float64, beside the oracle's longdouble."""
