@@ -275,7 +275,11 @@ def sigmoid(jit: Jit, numbers: np.ndarray, dtype: str, loss: str, label: float) 
     got = run(jit, loss_and_gradient, f, dtype, z, labels)
     wide = widened(z)
     value, slope, size = with_label(label, *exact_sigmoids(wide)[loss])
-    lost = np.where(np.exp(-np.abs(wide)) < FLUSHED["float32"], size, 0) if loss == "asymmetric" else 0
+    lost = 0
+    if loss == "asymmetric":  # a negative's slope is up to 20 exp(-z), where exp(-z) may be 0
+        lost = np.where(
+            (np.abs(size) < 1e-35) & (np.exp(-np.abs(wide)) < FLUSHED["float32"]), np.abs(size), 0
+        )
     errors = of_sigmoid(*got, value, slope, size, lost)
     if label in (0, 1) and loss != "asymmetric":
         value, slope = run(jit, loss_and_gradient, f, dtype, -z, 1 - labels)
