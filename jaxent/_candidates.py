@@ -14,9 +14,9 @@ from ._block import Block
 from ._candidate_logits import CandidateColumns, Layer, candidates, check_class_axis, columns_at
 from ._contracts import Number
 from ._rows import AxisName, Options, Rows, keep
-from ._sigmoid import elementwise_cross_entropy
 from ._softmax import CROSS_ENTROPY, RANGES, loss_of_block
 from ._sparse import BAD, SparseDistribution, prepare_classes
+from ._yes_no import elementwise_cross_entropy
 
 
 @contracts.takes_arrays

@@ -18,8 +18,8 @@ from ._devices import lanes
 from ._gradient import logits_gradient
 from ._pairs import Grid, Side, add_gradients, for_all_pairs, negatives, partner, products
 from ._rows import both
-from ._sigmoid import sigmoids
 from ._statistics import Partial, finish, merge, partial_statistics
+from ._yes_no import sigmoids
 
 NAMES = ("log_prob",)
 

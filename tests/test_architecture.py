@@ -18,7 +18,7 @@ PACKAGE = Path(jaxent.__file__).parent
 LAYERS = [
     {"_numerics", "_derivatives", "_devices", "_explained"},
     {"_contracts", "_chosen", "_divergence_terms"},
-    {"_rows", "_samplers"},
+    {"_rows", "_samplers", "_yes_no"},
     {"_sparse"},
     {"_block"},
     {"_others"},

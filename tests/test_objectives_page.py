@@ -79,7 +79,7 @@ def log_prob(logits, tokens):
 
 
 def test_blocks_check_themselves():
-    assert len(BLOCKS) == 12
+    assert len(BLOCKS) == 14
     assert all(expected.strip() for _, expected in PATTERN.findall(PAGE))
 
 
@@ -202,6 +202,21 @@ def test_ipo():
         lambda logits: jnp.mean(jnp.square(b.margin(logits) - 2)),
         b.hidden,
     )
+
+
+def test_distillation():
+    distillation = names_of("distillation")["distillation"]
+    hidden, layer, labels = normal(0, 48, D), (normal(1, 48, D), normal(2, D, V)), integers(3, V, 48)
+
+    def plain(logits):
+        q, log_p = jax.nn.softmax(jnp.matmul(*layer) / 3), jax.nn.log_softmax(logits / 3)
+        soft = jnp.sum(q * (jnp.log(q) - log_p), -1)
+        return 0.25 * 9 * soft.mean() - 0.75 * log_prob(logits, labels).mean()
+
+    def objective(student):
+        return distillation(student, jaxent.LinearLogits(*layer), labels, temperature=3.0, alpha=0.25)
+
+    agree(objective, plain, hidden)
 
 
 # ------------------------------------------------------------------------------------------------------ penalties
