@@ -49,7 +49,8 @@ def integers(seed, high, *shape):
 
 @pytest.fixture(autouse=True)
 def blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(sources, "plan", lambda *_: Plan(BLOCK, V))
+    for name in "plan", "plan_by_rows":
+        monkeypatch.setattr(sources, name, lambda *_: Plan(BLOCK, V))
 
 
 def agree(objective, plain, hidden, kernel=None, masks=False):
