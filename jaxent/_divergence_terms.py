@@ -90,10 +90,10 @@ def js(log_p: Array, q: Array, beta: float | Array, of_all: bool) -> Array:
 
     Its derivatives are those on paper. Those of the formula cancel where p or q is small, but for their roundings.
     """
-    given = () if isinstance(beta, float) else (beta,)
+    given, number = ((), beta) if isinstance(beta, float) else ((beta,), None)  # which a closure would leak
 
     def parts(log_p: Array, q: Array, given: tuple[Array, ...]) -> tuple[Any, ...]:
-        [b] = given or (beta,)
+        [b] = given or (number,)
         mean = Mean.of(b, log_p.dtype)
         p, logs = jnp.exp(log_p), against_mean(log_ratio(log_p, q), mean)
         return mean, p, logs, from_mean(p, q, mean, logs)

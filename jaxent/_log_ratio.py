@@ -91,18 +91,10 @@ class Whole(NamedTuple):
 
 def divergence(static: Static, pair: Pair, axis_name: AxisName = None) -> Array:
     """Divergences `[...]` of arrays; the gradient of a row that does not count is exactly 0."""
-    # not around collectives: where a `vmap` names their axis, jax fails to transpose them inside of a jit
-    return (_one_program if axis_name is None else _divergence)(static, pair, axis_name)
-
-
-def _divergence(static: Static, pair: Pair, axis_name: AxisName) -> Array:
     pair = _hide(varying_like(pair, pair))
     # what is known of all classes is made anew for second derivatives; nothing of its making is kept for them
     whole = jax.checkpoint(functools.partial(_whole, _at_once, axis_name, static))(pair)
     return with_slope(whole.sums[0], _add(_slope(static, (pair, whole)), axis_name))
-
-
-_one_program = jax.jit(_divergence, static_argnums=(0, 2), inline=True)  # as dense.statistics
 
 
 def divergence_of_layers(

@@ -173,7 +173,7 @@ def _backward(static: Form, residuals: Any, g: Array) -> Any:
 
 _rule = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _rule.defvjp(lambda static, *arrays: (_primal(static, *arrays), arrays), _backward)
-elementwise = jax.jit(with_forward_mode(_rule), static_argnums=0, inline=True)  # as dense.statistics
+elementwise = with_forward_mode(_rule)
 
 
 def elementwise_cross_entropy(z: Array, y: Array, label_smoothing: Number) -> Array:

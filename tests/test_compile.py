@@ -5,7 +5,6 @@ import re
 
 import jax
 import jax.export
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -164,34 +163,3 @@ def test_other_platforms_get_one_fused_pass(platform):
     on_cpu = forward.lower(lowering_platforms=("cpu",)).as_text()
     assert "gather" in on_cpu and re.search(r"tensor<64x\d+x\d+xf32>", on_cpu)
     assert "scatter" in both.lower(lowering_platforms=("cpu",)).as_text()
-
-
-CALLS = {
-    "softmax_cross_entropy": lambda z: jaxent.softmax_cross_entropy(z, jnp.arange(5), reduction="mean"),
-    "softmax_kl_divergence": lambda z: jaxent.softmax_kl_divergence(z, -z, reduction="mean"),
-    "sigmoid_cross_entropy": lambda z: jaxent.sigmoid_cross_entropy(z, z > 0, reduction="mean"),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_outside_of_jit_is_a_few_programs(name):
-    """Not one of each operation; and inside of jit XLA makes one of all."""
-    compiled = []
-
-    def listener(event, *args, **more):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    z = jnp.asarray(np.random.default_rng(0).normal(size=(5, 23)), jnp.float32)
-    jax.clear_caches()
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        CALLS[name](z)
-        first = len(compiled)
-        CALLS[name](2 * z)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert 0 < first < 25
-    assert len(compiled) <= first + 1  # 2 * z
-    program = jax.jit(CALLS[name]).lower(z).compile(QUICK)
-    assert not re.search(r"= \S+ call\(", program.as_text())

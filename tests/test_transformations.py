@@ -302,3 +302,53 @@ class Variants(chex.TestCase):
         got = self.variant(form.rows)(*arguments)
         want = form.plain(*map(jnp.asarray, arguments))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def softmaxed(z):
+    return jax.nn.softmax(z, -1)
+
+
+# What is mapped over, alone: as many masks, weights, teachers or numbers as there are rows, or else nothing broadcasts.
+MAPPED = {
+    "a mask, entropy": lambda z, i: jaxent.softmax_entropy(z, where=jnp.arange(4) <= i),
+    "a mask, log-normalizer": lambda z, i: (
+        jaxent.softmax_statistics(z, where=jnp.arange(4) <= i).log_normalizer
+    ),
+    "a mask, a distribution": lambda z, i: jaxent.softmax_cross_entropy(
+        z, softmaxed(-z), where=jnp.arange(4) <= i, reduction="mean"
+    ),
+    "a mask, yes/no": lambda z, i: jaxent.sigmoid_cross_entropy(
+        z, z > 0, where=(jnp.arange(4) <= i)[:, None] & (z < 9)
+    ),
+    "weights": lambda z, i: jaxent.softmax_entropy(z, weights=jnp.arange(4.0) + i, reduction="mean"),
+    "labels": lambda z, i: jaxent.softmax_cross_entropy(z, (jnp.arange(4) + i) % 7),
+    "a teacher": lambda z, i: jaxent.softmax_kl_divergence(z, jnp.cos(z + i)),
+    "a temperature": lambda z, i: jaxent.softmax_kl_divergence(z, -z, temperature=1.0 + i),
+    "a beta": lambda z, i: jaxent.softmax_js_divergence(z, -z, beta=(1.0 + i) / 6),
+    "a smoothing": lambda z, i: jaxent.sigmoid_cross_entropy(z, z > 0, label_smoothing=i / 6),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", MAPPED)
+def test_grad_of_vmap(name, compiled, as_users_run):
+    """One argument is mapped over and the logits are not: beside a loop."""
+    f, z = MAPPED[name], jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)), jnp.float32)
+    numbers = jnp.arange(4)
+
+    def gradient(total):
+        grad = jax.grad(total)
+        return (jax.jit(grad) if compiled else grad)(z)
+
+    many = gradient(lambda z: jnp.sum(jax.vmap(f, (None, 0))(z, numbers)))
+    loop = gradient(lambda z: sum(jnp.sum(f(z, i)) for i in numbers))
+    chex.assert_trees_all_close(many, loop, rtol=1e-4, atol=1e-5)
+    assert np.abs(loop).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["softmax_kl_divergence", "softmax_js_divergence"])
+def test_grad_of_vmap_of_pairs(name, as_users_run):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)), jnp.float32)
+    f = getattr(jaxent, name)
+    many = jax.grad(lambda z: jax.vmap(f)(z, z[::-1]).sum())(z)
+    chex.assert_trees_all_close(many, jax.grad(lambda z: f(z, z[::-1]).sum())(z), rtol=1e-5, atol=1e-6)

@@ -43,8 +43,6 @@ from .._statistics import (
 from . import dense_on_cpu
 
 
-# one program of a call outside of jit, not one of each operation
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def statistics(names: tuple[str, ...], block: Block, counts: Array | None) -> SoftmaxStatistics:
     """The statistics `names` of rows; the gradient of a row that does not count is exactly 0."""
     real = tuple(name for name in names if name not in INTEGER_STATISTICS)
