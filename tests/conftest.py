@@ -80,19 +80,6 @@ def x64():
 
 
 @pytest.fixture
-def replace(monkeypatch):
-    """`monkeypatch.setattr` of what compiled code has in it: nothing that was traced before is used, or later."""
-
-    def set_and_forget(*args):
-        monkeypatch.setattr(*args)
-        jax.clear_caches()
-
-    yield set_and_forget
-    monkeypatch.undo()
-    jax.clear_caches()
-
-
-@pytest.fixture
 def as_users_run():
     """Without strict modes: examples, and what peers promote."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):

@@ -203,29 +203,29 @@ def test_class_axis_in_front():
     np.testing.assert_allclose(s.other_log_prob, want[1], rtol=1e-6)
 
 
-def test_many_are_scattered(replace):
+def test_many_are_scattered(monkeypatch):
     z, classes = rows()
     run = lambda: jax.vjp(lambda z: statistics("dense", z, classes), jnp.asarray(z))  # noqa: E731
     want, vjp = run()
-    replace(_chosen, "COMPARED", 1)
+    monkeypatch.setattr(_chosen, "COMPARED", 1)
     found, again = run()
     ct = jax.tree.map(jnp.ones_like, want)
     chex.assert_trees_all_close((found, again(ct)), (want, vjp(ct)), rtol=1e-6)
 
 
 @pytest.fixture
-def groups(replace):
+def groups(monkeypatch):
     """Of 4 classes in place of 32; how often they were used."""
     used, of_groups = [], _others._by_groups
-    replace(_others, "FOLDS", 4)
-    replace(_others, "LANES", 1)
-    replace(_others, "_by_groups", lambda *x: used.append(1) or of_groups(*x))
+    monkeypatch.setattr(_others, "FOLDS", 4)
+    monkeypatch.setattr(_others, "LANES", 1)
+    monkeypatch.setattr(_others, "_by_groups", lambda *x: used.append(1) or of_groups(*x))
     return used
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_values_by_groups(source, groups, replace):
-    replace(_others, "MOST", 4)  # for blocks of 11 classes
+def test_values_by_groups(source, groups, monkeypatch):
+    monkeypatch.setattr(_others, "MOST", 4)  # for blocks of 11 classes
     test_values(source)
     assert groups
 
@@ -263,7 +263,7 @@ def test_groups_as_they_are():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mask", [None, "[V]", "[N, V]"])
-def test_groups(mask, dtype, groups, replace):
+def test_groups(mask, dtype, groups, monkeypatch):
     """As without them: values, gradients, their derivatives."""
     names, rng = list(SETS), np.random.default_rng(1)
     classes = jnp.array(list(SETS.values()))
@@ -283,7 +283,7 @@ def test_groups(mask, dtype, groups, replace):
 
     found = everything(z)
     assert groups
-    replace(_others, "FOLDS", 43)
+    monkeypatch.setattr(_others, "FOLDS", 43)
     groups.clear()
     want = everything(z)
     assert not groups

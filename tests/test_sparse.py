@@ -294,12 +294,12 @@ def test_linear_logits(loss, kind, monkeypatch):
         assert matmul_operations(program) == pytest.approx(matmuls * 2 * ROWS * DIM * WIDE)
 
 
-def test_slots_are_compared_or_scattered(replace):
+def test_slots_are_compared_or_scattered(monkeypatch):
     """The two ways are the same to the last bit."""
     q = SparseDistribution(*map(jnp.asarray, slots(7)))
     f = jax.value_and_grad(lambda z: jaxent.softmax_cross_entropy(z, q).sum())
     value, compared = f(logits())
-    replace(_chosen, "COMPARED", 1)
+    monkeypatch.setattr(_chosen, "COMPARED", 1)
     again, scattered = f(logits())
     np.testing.assert_array_equal(value, again)
     np.testing.assert_allclose(compared, scattered, rtol=1e-6, atol=1e-7)

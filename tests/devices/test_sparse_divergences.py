@@ -80,12 +80,12 @@ def test_shard_map(source, reduction):
 
 
 @pytest.mark.parametrize("kind", ["shard_map", "explicit, whole classes"])
-def test_groups_of_classes(kind, replace):
+def test_groups_of_classes(kind, monkeypatch):
     """Where a device has all classes, or a stretch of them for good."""
-    replace(_others, "FOLDS", 4)
+    monkeypatch.setattr(_others, "FOLDS", 4)
     x, used = arrays(), []
     of_groups = _others._by_groups
-    replace(_others, "_by_groups", lambda *x: used.append(1) or of_groups(*x))
+    monkeypatch.setattr(_others, "_by_groups", lambda *x: used.append(1) or of_groups(*x))
     f = mapped("dense", "mean")
     if kind != "shard_map":
         f, mesh = functools.partial(loss, "dense", "mean"), jax.make_mesh((8,), ("rows",))
