@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from ._mapped import mapped_like
+
 
 def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
     """`rule(static, *arrays)`, a custom_vjp function, with `jvp`, `linearize` and `jacfwd` as well.
@@ -25,7 +27,7 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
     def function(static: Any, *arrays: Any) -> Any:
-        return rule(static, *arrays)
+        return mapped_like(arrays, rule(static, *arrays))
 
     @functools.partial(function.defjvp, symbolic_zeros=True)
     def jvp(static: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
@@ -53,7 +55,7 @@ def with_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:
 
         dot = tangent(vjp, [varying_like(leaves[i], dots[i]) for i in perturbed])
         zeros = jax.tree.map(jax.custom_derivatives.zero_from_primal, integers)
-        return join(out, integers), join(dot, zeros)
+        return mapped_like(primals, join(out, integers)), join(dot, zeros)
 
     return function
 
@@ -63,12 +65,7 @@ def zeros_like_any(like: Any, x: Array) -> Array:
 
     As the result of a rule: cotangents of a result that all have in common would be added up.
     """
-    zero = jnp.zeros_like(x)
-    for leaf in jax.tree.leaves(like):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size:
-            # XLA knows that it is 0
-            zero = zero + jnp.where(jnp.zeros((), bool), leaf[(0,) * leaf.ndim].astype(x.dtype), 0)
-    return varying_like(like, zero)
+    return varying_like(like, mapped_like(like, jnp.zeros_like(x)))
 
 
 def with_slope(value: Any, zero: Any) -> Any:
@@ -76,8 +73,8 @@ def with_slope(value: Any, zero: Any) -> Any:
     return _with_slope(*varying_like((value, zero), (value, zero)))
 
 
-_with_slope = jax.custom_jvp(lambda value, _: value)
-_with_slope.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
+_with_slope = jax.custom_jvp(lambda value, zero: mapped_like(zero, value))
+_with_slope.defjvp(lambda primals, tangents: (mapped_like(primals[1], primals[0]), tangents[1]))
 
 
 def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:

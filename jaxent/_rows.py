@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from . import _contracts as contracts
 from ._devices import CLASSES, explicit_sharding, lanes, split_as, spread
+from ._mapped import mapped_like
 from ._numerics import accumulation_dtype, over_rows, widen
 
 AxisName = Any  # of a mapped axis, or a tuple of them
@@ -217,7 +218,7 @@ def keep_gradient(counts: Array | None, x: Array) -> Array:
 
     For second derivatives: there jax multiplies a cotangent of 0 with what a hidden row holds.
     """
-    return x
+    return mapped_like(counts, x)
 
 
 @keep_gradient.defjvp

@@ -16,6 +16,7 @@ PACKAGE = Path(jaxent.__file__).parent
 # From the bottom up. A module imports from lower layers only; modules of one layer do not know each other,
 # except inside _logits. A new module is a line here, and a decision.
 LAYERS = [
+    {"_mapped"},
     {"_numerics", "_derivatives", "_devices", "_explained"},
     {"_contracts", "_chosen", "_divergence_terms"},
     {"_rows", "_samplers", "_yes_no"},

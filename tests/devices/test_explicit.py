@@ -144,3 +144,29 @@ def test_what_is_on_no_mesh(source, in_context):
         got = jax.jit(run, compiler_options=harness.QUICK)(np.float32(0.1), *put)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [None, "classes"])  # of the masks; "rows" splits what they are of
+def test_grad_of_vmap_over_masks(axis):
+    """First and second derivatives by logits that are not mapped over, beside a loop."""
+    z = np.float32(np.random.default_rng(8).normal(size=(4, V)))
+    masks = np.tril(np.ones((4, 4), bool))
+
+    def f(z, mask):
+        kl = jaxent.softmax_kl_divergence(z, -z, where=mask, reduction="mean")
+        return kl + jaxent.softmax_entropy(z, where=mask, reduction="mean")
+
+    def derivatives(total, z, masks):
+        return jax.jvp(jax.grad(lambda z: jnp.sum(total(z, masks))), (z,), (jnp.sin(z),))
+
+    want = jax.jit(functools.partial(derivatives, lambda z, masks: sum(f(z, mask) for mask in masks)))(
+        z, masks
+    )
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"))
+    put = [jax.device_put(x, NamedSharding(mesh, P(*spec))) for x, spec in ((z, ["rows"]), (masks, [axis]))]
+    for inside in (jax.jit, jax.checkpoint):
+        many = jax.vmap(inside(f), (None, 0))
+        with jax.set_mesh(mesh):
+            got = jax.jit(functools.partial(derivatives, many))(*put)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
