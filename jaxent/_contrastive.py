@@ -254,7 +254,7 @@ def softmax_contrastive_loss(
       4 matmuls with gradients (3 where one tile has all pairs), 1 without, in both directions together. The N x M
       matrix of pairs exists in tiles of `block_bytes`. On P devices P steps, at each of which a device sends its rows
       of y, and backward their gradient; nothing is gathered. Arrays on an auto or explicit mesh need no keyword for
-      that. Call it within `jit`: outside of it the loop is compiled at each call, and the program kept.
+      that. Call it within `jit`: outside of it the loop is compiled at each call.
 
     Raises:
       TypeError: features that are not floating point, ids that are not integers, a mask not bool.

@@ -74,7 +74,7 @@ def with_slope(value: Any, zero: Any) -> Any:
 
 
 _with_slope = jax.custom_jvp(lambda value, zero: mapped_like(zero, value))
-_with_slope.defjvp(lambda primals, tangents: (mapped_like(primals[1], primals[0]), tangents[1]))
+_with_slope.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
 
 
 def reverse_mode_only(rule: Callable[..., Any]) -> Callable[..., Any]:

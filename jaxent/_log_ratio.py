@@ -330,5 +330,9 @@ def _gradient_of_layers(static: Static, inputs: tuple[Pair, Whole], perturbed: P
     return jax.tree.unflatten(treedef, *vjp(g)), None
 
 
-_slope = with_forward_mode(slope_rule(lambda _, x: varying_like(x, jnp.zeros_like(x[1].sums[0])), _gradient))
-_slope_of_layers = slope_rule(lambda _, x: zeros_like_any(x, x[1].sums[0]), _gradient_of_layers)
+def _zeros(_: Static, inputs: tuple[Pair, Whole]) -> Array:
+    return zeros_like_any(inputs, inputs[1].sums[0])
+
+
+_slope = with_forward_mode(slope_rule(_zeros, _gradient))
+_slope_of_layers = slope_rule(_zeros, _gradient_of_layers)

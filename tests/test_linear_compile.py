@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -300,3 +301,31 @@ def test_precision_is_that_of_every_matmul(kind, force):
     matmuls = [line for line in text.splitlines() if "dot_general" in line]
     assert len(matmuls) >= 3
     assert all("HIGHEST" in line for line in matmuls)
+
+
+IN_LOOPS = {
+    "a layer": lambda x: jaxent.softmax_entropy(jaxent.LinearLogits(x, x.T), reduction="mean"),
+    "pairs": lambda x: jaxent.softmax_contrastive_loss(x, x),
+}
+
+
+@pytest.mark.parametrize("name", IN_LOOPS)
+def test_within_jit_a_loop_is_compiled_once(name):
+    """And outside of it at each call, as docs/memory.md says."""
+    compiled, x = [], jnp.asarray(np.random.default_rng(0).normal(size=(12, 5)), jnp.float32)
+
+    def listener(event, *_, **__):
+        compiled.append(event == "/jax/core/compile/backend_compile_duration")
+
+    def compilations(f):
+        f(x)
+        compiled.clear()
+        f(x)
+        return sum(compiled)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        assert compilations(jax.jit(IN_LOOPS[name])) == 0
+        assert compilations(IN_LOOPS[name]) > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)

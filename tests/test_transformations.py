@@ -369,7 +369,41 @@ MAPPED = {
     "a beta": lambda z, i: jaxent.softmax_js_divergence(z, -z, beta=(1.0 + i) / 6),
     "a beta, a sparse one": lambda z, i: jaxent.softmax_js_divergence(z, sparse(1), beta=(1.0 + i) / 6),
     "a smoothing": lambda z, i: jaxent.sigmoid_cross_entropy(z, z > 0, label_smoothing=i / 6),
+    "a smoothing, labels": lambda z, i: jaxent.softmax_cross_entropy(z, LABELS, label_smoothing=i / 6),
+    "a z-loss": lambda z, i: jaxent.softmax_cross_entropy(z, LABELS, z_loss=0.1 + i),
+    "an ignored label": lambda z, i: jaxent.softmax_cross_entropy(
+        z, jnp.where(rows(i), LABELS, -1), ignore_index=-1, reduction="mean"
+    ),
     "a gamma": lambda z, i: jaxent.softmax_focal_loss(z, LABELS, gamma=1.0 + i),
+    "an alpha": lambda z, i: jaxent.softmax_focal_loss(z, LABELS, alpha=jnp.arange(7.0) / 9 + i / 30),
+    "an epsilon": lambda z, i: jaxent.softmax_poly_loss(z, LABELS, epsilon=1.0 + i),
+    "a pos_weight": lambda z, i: jaxent.sigmoid_cross_entropy(z, z > 0, pos_weight=1.0 + i),
+    "a gamma, yes/no": lambda z, i: jaxent.sigmoid_asymmetric_loss(z, z > 0, gamma_negative=1.0 + i),
+    "a mask, chosen classes": lambda z, i: (
+        jaxent.softmax_statistics(z, classes=sparse(1).classes, where=rows(i)).other_log_prob
+    ),
+    "chosen classes": lambda z, i: jaxent.softmax_statistics(z, classes=sparse(i).classes).other_log_prob,
+    "an argument": lambda z, i: jaxent.softmax_loss(
+        lambda s, a: a * s.log_prob * s.entropy, linear(z), LABELS, weights(i), reduction="sum"
+    ),
+    "a closure": lambda z, i: jaxent.softmax_loss(
+        lambda s: (1.0 + i) * s.log_prob * s.entropy, linear(z), LABELS, reduction="sum"
+    ),
+    "a kernel": lambda z, i: jaxent.softmax_entropy(
+        jaxent.LinearLogits(z, jnp.sin(linear(z).kernel + i), block_bytes=64)
+    ),
+    "a softcap": lambda z, i: jaxent.softmax_cross_entropy(
+        linear(z, softcap=5.0 + i), LABELS, reduction="mean"
+    ),
+    "a scale of pairs": lambda z, i: jaxent.softmax_contrastive_loss(z, z[::-1], scale=1.0 + i),
+    "ids of pairs": lambda z, i: jaxent.softmax_contrastive_loss(z, z[::-1], scale=1, ids=LABELS // (1 + i)),
+    "a mask, samples": lambda z, i: jaxent.sampled_softmax_cross_entropy(
+        z, linear(z).kernel, LABELS, 5 + LABELS[:3], where=rows(i), reduction="mean"
+    ),
+    "samples": lambda z, i: jaxent.nce_loss(z, linear(z).kernel, LABELS, (5 + LABELS[:3] + i) % 9),
+    "a mask, probabilities": lambda z, i: jaxent.categorical_cross_entropy(
+        softmaxed(z), LABELS, where=rows(i)
+    ),
 }
 NUMBERS = jnp.arange(4)
 VMAPS = {

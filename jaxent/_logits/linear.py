@@ -71,7 +71,7 @@ class LinearLogits:
       2 N D V operations a matmul. `reduction="mean"` or "sum": 3 matmuls with gradients, 1 without. "none", or few
       rows and very many classes: 4. Blocks in which no row counts are left out; in a reduced loss also those whose
       weights are all 0. With a `class_mask` the backward may copy the kernel. Call it within `jit`: outside of it the
-      loop is compiled at each call, and the program kept.
+      loop is compiled at each call.
 
     Raises:
       Nothing when it is made: a pytree may hold anything. As `logits` of a function, TypeError: operands that are not
