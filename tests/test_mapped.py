@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxent._derivatives import slope_rule, with_forward_mode, with_slope, zeros_like_any
+from jaxent._mapped import mapped_like
 from jaxent._rows import keep_gradient
 
 X, FACTORS = jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.0, 3.0])  # as many factors as entries
@@ -68,3 +71,14 @@ def test_keep_gradient(wrap):
     counts = lambda k: jnp.array([True]) & (k > 0)  # noqa: E731
     f = lambda x, k: keep_gradient(counts(k), x[None])[0]  # noqa: E731
     check(f, wrap, lambda x, k: jnp.where(k > 0, jnp.ones_like(x), 0))
+
+
+def test_what_is_mapped_over_is_split_alike():
+    """On an explicit mesh, where an array for all factors in one place would be as many times as large."""
+    mesh = jax.make_mesh((1,), ("factors",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P(None)))
+        factors = jax.device_put(FACTORS, NamedSharding(mesh, P("factors")))
+        found = jax.jit(jax.vmap(lambda x, k: mapped_like(k, x), (None, 0)))(x, factors)
+    assert jax.typeof(found).sharding.spec == P("factors", None)
+    np.testing.assert_array_equal(found, jnp.tile(X, (3, 1)))

@@ -155,6 +155,13 @@ def of_one(probs, classes, beta=0.0, **options):
     return js(ONE, SparseDistribution(jnp.asarray([classes]), probs), beta=beta, **options).sum()
 
 
+def test_a_beta_that_is_an_array_stays_in_no_rule():
+    q = SparseDistribution(jnp.array([[0, 1], [2, 3]]), jnp.full((2, 2), 0.3))
+    with jax.checking_leaks():
+        found = jaxent.softmax_js_divergence(jnp.ones((2, 5)), q, beta=jnp.float32(0.25))
+    np.testing.assert_allclose(found, jaxent.softmax_js_divergence(jnp.ones((2, 5)), q, beta=0.25), rtol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_slot_without_mass_is_gone_whatever_its_class(beta):
     probs = jnp.asarray([[0.625, 0.0]])
